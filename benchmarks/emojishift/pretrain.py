@@ -1,0 +1,230 @@
+"""Pre-train EmojiCLIP from scratch on the pre-training artists' drawings.
+
+    OMP_NUM_THREADS=1 python benchmarks/emojishift/pretrain.py --run RUN_FOLDER
+
+Checkpoints after every epoch and resumes from ``RUN_FOLDER``; writes the model (open_clip layout, fp16) and its
+record (settings, curve) there when the last epoch is done. Contrastive loss with label-aware soft targets; the
+text features of all concepts outside the batch, as last computed, are further negatives for the images.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from artists import PRETRAINING, artist_drawings
+from augment import augment
+from safetensors.torch import save_file
+from torch import Tensor
+
+from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings
+
+CONFIG = Path(__file__).resolve().parents[2] / "integrations" / "quickstart" / "model" / "open_clip_config.json"
+TEMPLATES = (
+    "{}", "{}.", "a {}", "a {}.", "a photo of a {}.", "a picture of a {}.", "a drawing of a {}.", "an icon of a {}.",
+    "an emoji of a {}.", "a symbol of a {}.", "an image of {}.", "a {} icon", "a {} emoji", "this is a {}.", "the {}",
+    "a small {}.", "a clean picture of {}", "a bad drawing of a {}.", "a cartoon {}.", "{} on a plain background.",
+)  # fmt: skip
+LINE_STYLES = {"noto": ("line", "wire"), "noto-v1": ("line",), "fluent-emoji-flat": ("line", "wire")}
+TASKS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects", "Smileys & Emotion")
+SETTINGS = {
+    "seed": 0, "epochs": 75, "batch": 128, "learning_rate": 1.5e-3, "warmup_steps": 500, "weight_decay": 0.05,
+    "betas": [0.9, 0.98], "clip_norm": 1.0, "line_probability": 0.35, "ema_decay": 0.998, "max_logit_scale": 100.0,
+}  # fmt: skip
+
+
+class Data:
+    """All pre-training drawings in memory; ``color`` holds one row per artist and concept."""
+
+    def __init__(self) -> None:
+        self.names = {code: concept.name for code, concept in concepts().items()}
+        self.codes = list(self.names)
+        row = {code: i for i, code in enumerate(self.codes)}
+        images, labels, mono, self.line = [], [], [], []
+        lines, offset = [], 0
+        for artist in PRETRAINING:
+            drawings = artist_drawings(artist)
+            styles = [artist_drawings(artist, style) for style in LINE_STYLES.get(artist, ())]
+            images.append(drawings.images)
+            labels += [row[code] for code in drawings.codes]
+            mono += [artist == "fluent-emoji-high-contrast"] * len(drawings.codes)
+            for i in range(len(drawings.codes)):
+                self.line.append([offset + k * len(drawings.codes) + i for k in range(len(styles))])
+            lines += [style.images for style in styles]
+            offset += sum(len(style.codes) for style in styles)
+        self.color, self.lines = torch.cat(images), torch.cat(lines)
+        self.labels, self.mono = torch.tensor(labels), torch.tensor(mono)
+
+    def batch(self, rows: Tensor, generator: torch.Generator, line_probability: float) -> tuple[Tensor, Tensor, Tensor]:
+        images, line_art = self.color[rows], self.mono[rows].clone()
+        draws = torch.rand(len(rows), 2, generator=generator)
+        for i, row in enumerate(rows.tolist()):
+            choices = self.line[row]
+            if choices and draws[i, 0] < line_probability:
+                images[i] = self.lines[choices[int(draws[i, 1] * len(choices))]]
+                line_art[i] = True
+        return images, line_art, self.labels[rows]
+
+
+class Captions:
+    """Token ids of every (template, concept), mapped to the compact vocabulary of the tokens that occur."""
+
+    def __init__(self, names: list[str], context_length: int) -> None:
+        tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+        texts = [template.format(name) for template in TEMPLATES for name in names]
+        tokens = tokenizer(texts)
+        self.vocabulary = torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), tokens.flatten()]))  # sorted: EOT stays last
+        compact = torch.searchsorted(self.vocabulary, tokens)
+        self.tokens = compact.view(len(TEMPLATES), len(names), context_length)
+
+
+def build_model(vocabulary: int) -> tuple[open_clip.CLIP, dict]:
+    config = json.loads(CONFIG.read_text(encoding="utf-8"))
+    model_config = copy.deepcopy(config["model_cfg"])
+    model_config["text_cfg"]["vocab_size"] = vocabulary
+    return open_clip.CLIP(**model_config, output_dict=True), config
+
+
+def loss_fn(image: Tensor, text: Tensor, labels: Tensor, bank: Tensor, seen: Tensor, scale: Tensor) -> Tensor:
+    same = (labels[:, None] == labels[None, :]).float()
+    targets = same / same.sum(dim=1, keepdim=True)
+    outside = seen.clone()
+    outside[labels] = False
+    to_text = scale * torch.cat([image @ text.T, image @ bank[outside].T], dim=1)
+    log_to_text = F.log_softmax(to_text, dim=1)[:, : len(labels)]
+    log_to_image = F.log_softmax(scale * text @ image.T, dim=1)
+    return -(targets * (log_to_text + log_to_image)).sum(dim=1).mean() / 2
+
+
+@torch.no_grad()
+def evaluate(model: open_clip.CLIP, data: Data, captions: Captions, sets: dict[str, Drawings], size: int) -> dict[str, float]:
+    """Top-1 in per cent, concepts of each group among themselves, one plain view on white."""
+    model.eval()
+    result: dict[str, float] = {}
+    text = F.normalize(sum(model.encode_text(captions.tokens[t], normalize=True) for t in range(0, len(TEMPLATES), 4)), dim=-1)
+    row = {code: i for i, code in enumerate(data.codes)}
+    for name, drawings in sets.items():
+        accuracies = []
+        for group in TASKS:
+            codes = [code for code in drawings.codes if concepts()[code].group == group]
+            x = drawings.select(codes).float() / 255
+            x = F.interpolate(x[:, :3] + 1 - x[:, 3:], size=size, mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+            features = torch.cat([model.encode_image(part, normalize=True) for part in x.split(256)])
+            logits = features @ text[[row[code] for code in codes]].T
+            accuracies.append(100 * (logits.argmax(dim=1) == torch.arange(len(codes))).float().mean().item())
+            result[f"{name}/{group}"] = round(accuracies[-1], 2)
+        result[name] = round(sum(accuracies) / len(accuracies), 2)
+    return result
+
+
+def export(model: open_clip.CLIP, config: dict, vocabulary: Tensor, folder: Path) -> None:
+    """The whole vocabulary again (rows never trained are zero), fp16, in open_clip's own layout."""
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tokens = torch.zeros(config["model_cfg"]["text_cfg"]["vocab_size"], state["token_embedding.weight"].shape[1])
+    tokens[vocabulary] = state["token_embedding.weight"]
+    tokens[0] = 0  # padding: behind the end of text, where causal attention never looks
+    state["token_embedding.weight"] = tokens
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    temporary = folder / ".open_clip_model.safetensors"
+    save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, temporary)
+    os.replace(temporary, folder / "open_clip_model.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints, record and exported model")
+    for name in ("epochs", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=SETTINGS[name])
+    parser.add_argument("--max_steps_per_epoch", type=int, default=None, help="for trying it out")
+    arguments = parser.parse_args()
+    settings = {**SETTINGS, "epochs": arguments.epochs, "seed": arguments.seed}
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings["seed"])
+
+    data = Data()
+    config = json.loads(CONFIG.read_text(encoding="utf-8"))
+    captions = Captions(list(data.names.values()), config["model_cfg"]["text_cfg"]["context_length"])
+    model, config = build_model(len(captions.vocabulary))
+    size = model.visual.image_size[0]
+    average = copy.deepcopy(model).requires_grad_(False)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": settings["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
+        lr=settings["learning_rate"], betas=tuple(settings["betas"]),
+    )  # fmt: skip
+    bank = torch.zeros(len(data.codes), config["model_cfg"]["embed_dim"])
+    seen = torch.zeros(len(data.codes), dtype=torch.bool)
+    steps = len(data.color) // settings["batch"]
+    total, start, curve, seconds = steps * settings["epochs"], 0, [], 0.0
+
+    checkpoint = arguments.run / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["settings"] != settings:
+            raise SystemExit(f"pretrain: {checkpoint} was made with other settings. Use another --run folder.")
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        bank, seen, start, curve, seconds = state["bank"], state["seen"], state["epoch"], state["curve"], state["seconds"]
+        print(f"resumed at epoch {start}", flush=True)
+    tests = {"openmoji": openmoji_drawings("color"), "openmoji-line": openmoji_drawings("line"), "twemoji": artist_drawings("twemoji")}
+
+    for epoch in range(start, settings["epochs"]):
+        began, running = time.time(), 0.0
+        generator = torch.Generator().manual_seed(settings["seed"] * 100_003 + epoch)
+        order = torch.randperm(len(data.color), generator=generator)
+        model.train()
+        for step in range(min(steps, arguments.max_steps_per_epoch or steps)):
+            done = epoch * steps + step
+            rate = min((done + 1) / settings["warmup_steps"], 0.5 * (1 + math.cos(math.pi * done / total))) * settings["learning_rate"]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = order[step * settings["batch"] : (step + 1) * settings["batch"]]
+            drawings, line_art, labels = data.batch(rows, generator, settings["line_probability"])
+            views = augment(drawings, line_art, size=size, generator=generator) * 2 - 1
+            template = torch.randint(len(TEMPLATES), (len(rows),), generator=generator)
+            image = model.encode_image(views.contiguous(memory_format=torch.channels_last), normalize=True)
+            text = model.encode_text(captions.tokens[template, labels], normalize=True)
+            loss = loss_fn(image, text, labels, bank, seen, model.logit_scale.exp())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(settings["max_logit_scale"]))
+                keep = min(settings["ema_decay"], (done + 1) / (done + 10))
+                for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                    mean.lerp_(value, 1 - keep)
+            bank[labels], seen[labels] = text.detach(), True
+            running += loss.item()
+        seconds += time.time() - began
+        entry = {"epoch": epoch + 1, "loss": round(running / (step + 1), 4), "scale": round(model.logit_scale.exp().item(), 2), "seconds": round(seconds)}
+        if (epoch + 1) % 10 == 0 or epoch + 1 == settings["epochs"]:
+            entry["top1"] = evaluate(average, data, captions, tests, size)
+        curve.append(entry)
+        print(json.dumps(entry), flush=True)
+        state = {"settings": settings, "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
+                 "bank": bank, "seen": seen, "epoch": epoch + 1, "curve": curve, "seconds": seconds}  # fmt: skip
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    export(average, config, captions.vocabulary, arguments.run / "model")
+    record = {
+        "settings": settings, "templates": TEMPLATES, "artists": PRETRAINING, "drawings": len(data.color), "concepts": int(seen.sum()),
+        "torch": torch.__version__, "open_clip": open_clip.__version__, "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "curve": curve,
+    }  # fmt: skip
+    (arguments.run / "model" / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
