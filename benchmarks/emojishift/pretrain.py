@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from artists import PRETRAINING, artist_drawings
 from augment import augment
+from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings
 from safetensors.torch import save_file
 from torch import Tensor
-
-from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings
 
 CONFIG = Path(__file__).resolve().parents[2] / "integrations" / "quickstart" / "model" / "open_clip_config.json"
 TEMPLATES = (
@@ -207,7 +206,12 @@ def main() -> None:
             bank[labels], seen[labels] = text.detach(), True
             running += loss.item()
         seconds += time.time() - began
-        entry = {"epoch": epoch + 1, "loss": round(running / (step + 1), 4), "scale": round(model.logit_scale.exp().item(), 2), "seconds": round(seconds)}
+        entry = {
+            "epoch": epoch + 1,
+            "loss": round(running / (step + 1), 4),
+            "scale": round(model.logit_scale.exp().item(), 2),
+            "seconds": round(seconds),
+        }
         if (epoch + 1) % 10 == 0 or epoch + 1 == settings["epochs"]:
             entry["top1"] = evaluate(average, data, captions, tests, size)
         curve.append(entry)

@@ -1,0 +1,221 @@
+"""The only place that builds shape and value error messages.
+
+Every message reads ``<callable>: expected <what>, got <value>. <what to do>.``
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from geomreg.types import Embeddings
+
+__all__ = [
+    "check_embeddings",
+    "check_finite",
+    "check_fraction",
+    "check_mean",
+    "check_modalities",
+    "check_modality",
+    "check_option",
+    "check_pair",
+    "check_paired",
+    "check_pairs_present",
+    "check_same_ids",
+    "check_same_keys",
+    "check_samples",
+    "check_weight",
+    "describe",
+]
+
+
+def describe(value: object) -> str:
+    """Shape and dtype of a tensor, the type's name of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"{type(value).__name__}"
+
+
+def _check_matrix(name: str, label: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {label} embeddings as a tensor of shape (B, D), got {describe(value)}.")
+    if value.ndim != 2 or 0 in value.shape:
+        raise ValueError(
+            f"{name}: expected {label} embeddings of shape (B, D) with B, D >= 1, got {describe(value)}. "
+            "Flatten or pool to one vector per sample."
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point {label} embeddings, got {describe(value)}. Convert with .float().")
+    return value
+
+
+def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "") -> None:
+    """Student and teacher embeddings of the same samples: equal ``(B, D)``, one device, a constant teacher."""
+    label = f"{modality} " if modality else ""
+    _check_matrix(name, f"{label}student", student)
+    _check_matrix(name, f"{label}teacher", teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{name}: expected {label}student and teacher embeddings of one shape, got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}. Embed the same batch with both models."
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{name}: expected {label}student and teacher on one device, got {student.device} and {teacher.device}. "
+            "Move the teacher's embeddings."
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            f"{name}: expected {label}teacher embeddings without gradient, got a teacher that requires grad. "
+            "Embed with geomreg.Teacher, under torch.no_grad(), or call .detach()."
+        )
+
+
+def check_paired(name: str, image: Tensor, text: Tensor) -> None:
+    """Images and texts of the same pairs: equal ``(B, D)`` on one device."""
+    if image.shape != text.shape or image.device != text.device:
+        raise ValueError(
+            f"{name}: expected image and text embeddings of the same pairs, got {describe(image)} on {image.device} and "
+            f"{describe(text)} on {text.device}. Row j of both must belong to pair j."
+        )
+
+
+def check_mean(name: str, mean: Tensor, width: int) -> None:
+    """A mean difference vector: ``(D,)`` or a 0-d zero-like scalar, constant."""
+    if not isinstance(mean, Tensor) or not mean.is_floating_point():
+        raise TypeError(f"{name}: expected mean as a floating-point tensor, got {describe(mean)}. Pass torch.zeros({width}) for none.")
+    if mean.ndim != 0 and tuple(mean.shape) != (width,):
+        raise ValueError(f"{name}: expected mean of shape ({width},) or (), got {tuple(mean.shape)}. Use the embedding width.")
+    if mean.requires_grad:
+        raise ValueError(f"{name}: expected a constant mean, got one that requires grad. Call .detach() on it.")
+
+
+def check_embeddings(name: str, student: Embeddings, teacher: Embeddings | None, *, required: tuple[str, ...] = ()) -> Embeddings:
+    """Both arguments are ``Embeddings`` with the same modalities, at least one and all ``required``, and pass
+    :func:`check_pair`; returns the teacher's."""
+    for label, value in (("student", student), ("teacher", teacher)):
+        if not isinstance(value, Embeddings):
+            raise TypeError(f"{name}: expected {label} as geomreg.Embeddings(image=, text=), got {describe(value)}. Wrap the tensors.")
+    if teacher is None:  # excluded above; tells the type checker
+        raise TypeError(name)
+    for modality in Embeddings._fields:
+        present = [getattr(value, modality) is not None for value in (student, teacher)]
+        if present[0] != present[1]:
+            having, lacking = ("student", "teacher") if present[0] else ("teacher", "student")
+            raise ValueError(
+                f"{name}: expected {modality} embeddings from both models, got them from the {having} and None from the {lacking}. "
+                "Embed the same modalities with both."
+            )
+        if all(present):
+            check_pair(name, getattr(student, modality), getattr(teacher, modality), modality)
+    for modality in required:
+        if getattr(student, modality) is None:
+            raise ValueError(f"{name}: expected {modality} embeddings, got None. Embed them, or leave {modality!r} out of modalities.")
+    if student.image is None and student.text is None:
+        raise ValueError(f"{name}: expected image or text embeddings, got None for both. Embed at least one modality.")
+    return teacher
+
+
+def check_pairs_present(name: str, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+    """Image and text embeddings, for a term that needs pairs."""
+    if embeddings.image is None or embeddings.text is None:
+        lacking = "image" if embeddings.image is None else "text"
+        raise ValueError(
+            f"{name}: expected image-text pairs, got None for the {lacking} embeddings. Use paired data, or a term without pairs."
+        )
+    return embeddings.image, embeddings.text
+
+
+def check_modalities(name: str, modalities: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """None, or a non-empty choice of ``"image"`` and ``"text"`` as a tuple."""
+    if modalities is None:
+        return None
+    if isinstance(modalities, str) or not modalities or not set(modalities) <= set(Embeddings._fields):
+        raise ValueError(f'{name}: expected modalities as a tuple of "image" and "text" or None, got {modalities!r}. Pass ("image",), say.')
+    return tuple(modalities)
+
+
+def check_option(name: str, option: str, value: object, allowed: tuple[object, ...]) -> None:
+    """``value`` is one of ``allowed``."""
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name}: expected {option} to be one of {choices}, got {value!r}. Choose one of these.")
+
+
+def check_fraction(name: str, option: str, value: float) -> None:
+    """``value`` lies in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected {option} between 0 and 1, got {value!r}. Pass a number in [0, 1].")
+
+
+def check_weight(name: str, option: str, value: float) -> None:
+    """``value`` is a finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: expected {option} as a finite number >= 0, got {value!r}. Pass a plain number.")
+
+
+def check_finite(name: str, label: str, value: Tensor) -> None:
+    """No NaN or infinity: for metrics, caches and commands (losses let them propagate)."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name}: expected finite {label}, got NaN or infinity. Look for a diverged run or a division by a zero norm.")
+
+
+def check_samples(name: str, student: Tensor, teacher: Tensor, *, minimum: int, same_width: bool = False) -> None:
+    """Finite embeddings of the same samples by two models, at least ``minimum`` of them."""
+    for label, value in (("student", student), ("teacher", teacher)):
+        _check_matrix(name, label, value)
+        check_finite(name, f"{label} embeddings", value)
+    if len(student) != len(teacher) or (same_width and student.shape != teacher.shape):
+        what = "embeddings of one shape" if same_width else "as many student as teacher embeddings"
+        raise ValueError(
+            f"{name}: expected {what}, got {tuple(student.shape)} and {tuple(teacher.shape)}. Embed the same samples with both."
+        )
+    if len(student) < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} samples, got {len(student)}. Distances need more samples to be compared.")
+
+
+def check_modality(name: str, embeddings: Embeddings, modality: str) -> Tensor:
+    """The image or text embeddings, or both one under the other for ``"stacked"``."""
+    if not isinstance(embeddings, Embeddings):
+        raise TypeError(f"{name}: expected geomreg.Embeddings(image=, text=), got {describe(embeddings)}. Wrap the tensors.")
+    needed = Embeddings._fields if modality == "stacked" else (modality,)
+    values = [getattr(embeddings, field) for field in needed]
+    for field, value in zip(needed, values, strict=True):
+        if value is None:
+            raise ValueError(f'{name}: expected {field} embeddings for modality="{modality}", got None. Embed them or change modality.')
+        _check_matrix(name, field, value)
+    if modality == "stacked":
+        check_paired(name, *values)
+    return torch.cat(values)
+
+
+def check_same_ids(name: str, ids: object, teacher_ids: object, rows: int) -> Tensor | None:
+    """Integer sample ids, one a row, the same in the same order on both sides; None if none are given."""
+    if ids is None and teacher_ids is None:
+        return None
+    if ids is None:
+        raise ValueError(f"{name}: expected ids beside teacher_ids, got None. Pass both, or ids alone.")
+    known = torch.as_tensor(ids)
+    if known.is_floating_point() or known.is_complex() or known.ndim != 1 or len(known) != rows:
+        raise ValueError(f"{name}: expected {rows} integer ids, got {describe(known)}. Pass one id a sample.")
+    if teacher_ids is not None and not torch.equal(known.cpu(), torch.as_tensor(teacher_ids).cpu()):
+        raise ValueError(f"{name}: expected the same ids in the same order from student and teacher, got different ones. Sort both by id.")
+    return known.long()
+
+
+def check_same_keys(name: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """Two state dicts with the same keys, shapes and kinds of numbers."""
+    missing = sorted(first.keys() ^ second.keys())
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(
+            f"{name}: expected two state dicts with the same keys, got {shown} in only one. Use checkpoints of one architecture."
+        )
+    for key in first:
+        one, two = first[key], second[key]
+        if one.shape != two.shape or one.is_floating_point() != two.is_floating_point():
+            raise ValueError(
+                f"{name}: expected equal shapes and kinds for {key!r}, got {describe(one)} and {describe(two)}. "
+                "Use checkpoints of one architecture."
+            )

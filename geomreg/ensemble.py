@@ -1,0 +1,59 @@
+"""Weight-space ensembles of a pre-trained and a fine-tuned model (WiSE-FT, arXiv 2109.01903)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from geomreg.checks import check_fraction, check_same_keys
+from geomreg.precision import at_least_fp32
+
+__all__ = ["alpha_sweep", "interpolate"]
+
+
+def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    r"""State dict between two checkpoints of one architecture.
+
+    .. math:: \theta = (1 - \alpha)\, \theta_{pretrained} + \alpha\, \theta_{finetuned}
+
+    Every floating-point entry is interpolated, in fp32 or wider, and keeps its dtype; integer and boolean entries
+    (counters, indices) are those of ``finetuned``. CLIP's log logit scale is interpolated like the rest, which is the
+    geometric mean of the scales. A zero-shot head must be rebuilt afterwards.
+
+    Args:
+        pretrained: state dict, the result at ``alpha=0``.
+        finetuned: state dict with the same keys and shapes, the result at ``alpha=1``.
+        alpha: in [0, 1].
+
+    Returns:
+        New state dict; no tensor shares storage with the inputs.
+
+    Raises:
+        ValueError: ``alpha`` outside [0, 1], a key missing on one side, shapes or kinds of numbers that differ.
+
+    Example:
+        >>> import torch
+        >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)["w"]
+        tensor([0.2500, 0.2500])
+
+    Reference:
+        Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, arXiv 2109.01903, equation 1.
+    """
+    check_fraction("interpolate", "alpha", alpha)
+    check_same_keys("interpolate", pretrained, finetuned)
+    merged = {}
+    for key, end in finetuned.items():
+        if end.is_floating_point():
+            start = at_least_fp32(pretrained[key].detach())
+            merged[key] = torch.lerp(start, end.detach().to(start), float(alpha)).to(end.dtype)
+        else:
+            merged[key] = end.detach().clone()
+    return merged
+
+
+def alpha_sweep(
+    pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alphas: Iterable[float]
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """``(alpha, interpolate(pretrained, finetuned, alpha))`` for each alpha, one state dict at a time."""
+    for alpha in alphas:
+        yield alpha, interpolate(pretrained, finetuned, alpha)

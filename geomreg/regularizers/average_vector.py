@@ -1,0 +1,205 @@
+"""Average vector loss of DiVE: every difference vector should equal one running mean (arXiv 2511.09973)."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option
+from geomreg.distributed import all_reduce_sum, world_size
+from geomreg.precision import at_least_fp32, full_precision
+from geomreg.types import Embeddings
+
+__all__ = ["AverageVectorLoss", "average_vector_loss"]
+
+_FORGOTTEN = 100  # training forwards without step() before the warning
+
+
+def average_vector_loss(
+    student_image: Tensor | None,
+    student_text: Tensor | None,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    *,
+    mean: Tensor,
+) -> Tensor:
+    r"""Mean squared distance of the difference vectors to a given mean vector.
+
+    .. math:: \frac1B \sum_j \lVert u_j - m \rVert^2 + \frac1B \sum_j \lVert v_j - m \rVert^2, \quad
+              u = f_{student} - f_{teacher} \text{ (images)},\; v \text{ likewise (texts)}
+
+    Args:
+        student_image: ``(B, D)`` embeddings of the model in training, as they come (not normalised here);
+            receives gradient. None together with ``teacher_image`` for texts only.
+        student_text: ``(B, D)``, receives gradient; None together with ``teacher_text`` for images only.
+            Images and texts need not be pairs, and their numbers may differ.
+        teacher_image: ``(B, D)`` embeddings of the same inputs by the frozen model; constant.
+        teacher_text: ``(B, D)``, constant.
+        mean: ``(D,)`` vector m shared by both modalities, or a 0-d tensor (zero: plain distillation); constant.
+
+    Returns:
+        0-d tensor, fp32 or wider.
+
+    Scale:
+        Embedding units squared: summed over D, averaged over B, added over modalities. Independent of B; for unit
+        vectors at most ``2 * (2 + |m|)**2``. DiVE's weight of 1000 fits unit vectors; raw CLIP features of norm r
+        need about ``1000 / r**2``.
+
+    Invariances:
+        Permutation of samples, each modality by itself; one orthogonal map applied to student, teacher and mean; a
+        translation of one modality's student and teacher together; a translation of all students if ``mean`` moves along.
+
+    Raises:
+        TypeError: not tensors, or not floating point.
+        ValueError: shapes or devices differ, a modality is given on one side only or on neither, a teacher or the
+            mean requires grad.
+
+    Deviations:
+        None known; the paper has no public code and leaves normalisation and the order of update and loss open.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> average_vector_loss(student, None, teacher, None, mean=torch.tensor([0.5, 0.0]))
+        tensor(0.2500)
+
+    Reference:
+        Suzuki et al., Difference Vector Equalization, AAAI 2026, arXiv 2511.09973, average vector loss.
+    """
+    name = "average_vector_loss"
+    teacher = check_embeddings(name, Embeddings(student_image, student_text), Embeddings(teacher_image, teacher_text))
+    total: Tensor | None = None
+    for one, other in zip((student_image, student_text), teacher, strict=True):
+        if one is None or other is None:
+            continue
+        check_mean(name, mean, one.shape[1])
+        with full_precision(one):
+            shift = at_least_fp32(one) - at_least_fp32(other)  # (B, D)
+            term = (shift - mean.to(shift)).square().sum(dim=1).mean()
+        total = term if total is None else total + term
+    if total is None:  # excluded by check_embeddings
+        raise ValueError(name)
+    return total
+
+
+class AverageVectorLoss(nn.Module):
+    """Module form of :func:`average_vector_loss`; owns the running mean of all difference vectors.
+
+    ``m <- decay * m + (1 - decay) * (mean of all difference vectors of both modalities and all processes)``, from
+    zero, without bias correction or gradient. In training mode ``forward`` only collects the sum and number of
+    difference vectors; :meth:`step`, called once after each optimizer step that was not skipped, commits them.
+    In evaluation mode nothing is collected.
+
+    Args:
+        decay: weight of the old mean; 0.99 in the paper. 1.0 freezes the mean at zero, which makes the loss plain
+            distillation on both encoders: the control.
+        update: ``"after"`` uses the mean of earlier steps (exact under gradient accumulation, chunking and DDP);
+            ``"before"`` first moves the mean by this batch, which must therefore be whole: a second forward before
+            :meth:`step` raises. The paper does not say which it uses.
+        normalize: divide embeddings by their L2 norm first. The paper does not say; its weight fits unit vectors.
+
+    Attributes:
+        mean: the running mean, fp32 whatever ``.to(dtype)`` does; 0-d zero until the first commit, then ``(D,)``.
+    """
+
+    mean: Tensor
+    pending_sum: Tensor
+    pending_count: Tensor
+
+    def __init__(self, *, decay: float = 0.99, update: str = "after", normalize: bool = True) -> None:
+        super().__init__()
+        check_fraction("AverageVectorLoss", "decay", decay)
+        check_option("AverageVectorLoss", "update", update, ("after", "before"))
+        self.decay, self.update, self.normalize = decay, update, normalize
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("pending_sum", torch.zeros(()), persistent=False)
+        self.register_buffer("pending_count", torch.zeros(()), persistent=False)
+        self._forwards, self._warned = 0, False
+
+    def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
+        teacher = check_embeddings("AverageVectorLoss", student, teacher)
+        if self.normalize:
+            student, teacher = unit(student), unit(teacher)
+        mean = self._collect(student, teacher) if self.training else self.mean
+        return average_vector_loss(*student, *teacher, mean=mean)
+
+    @torch.no_grad()
+    def _collect(self, student: Embeddings, teacher: Embeddings) -> Tensor:
+        """Add this batch to the pending statistics; returns the mean that the loss uses."""
+        if self.update == "before" and self._forwards:
+            raise RuntimeError(
+                'AverageVectorLoss: expected step() between two training forwards with update="before", got a second forward. '
+                'Call step() after each optimizer step, or use update="after" with gradient accumulation.'
+            )
+        for one, other in zip(student, teacher, strict=True):
+            if one is None or other is None:
+                continue
+            with full_precision(one):
+                self.pending_sum = self.pending_sum + (one.float() - other.float()).sum(dim=0)
+            self.pending_count = self.pending_count + one.shape[0]
+        if not torch.compiler.is_compiling():
+            self._forwards += 1
+            if self._forwards > _FORGOTTEN and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"AverageVectorLoss: {_FORGOTTEN} training forwards without step(); the running mean stands still. "
+                    "Call step() after each optimizer step.",
+                    stacklevel=3,
+                )
+        return self._moved() if self.update == "before" else self.mean
+
+    def _moved(self) -> Tensor:
+        """The mean after the pending statistics of all processes; as it is where these are empty or not finite."""
+        if self.pending_sum.ndim == 0:  # nothing pending on this process
+            if world_size() > 1:
+                raise RuntimeError(
+                    "AverageVectorLoss: expected a training forward on every process before step(), got none on this one. "
+                    "Give every process a batch."
+                )
+            return self.mean
+        statistics = all_reduce_sum(torch.cat([self.pending_sum, self.pending_count[None]]))
+        batch_mean = statistics[:-1] / statistics[-1]
+        moved = self.decay * self.mean + (1 - self.decay) * batch_mean
+        return torch.where(batch_mean.isfinite().all(), moved, self.mean)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Commit the pending statistics to the running mean; a batch with a non-finite value is skipped."""
+        self.mean = self._moved()
+        self.pending_sum, self.pending_count = self.mean.new_zeros(()), self.mean.new_zeros(())
+        self._forwards = 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AverageVectorLoss":
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for key, value in exact.items():
+            moved = self._buffers[key]
+            if value is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[key] = value.to(moved.device)  # the values themselves, not a round trip
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        saved = state_dict.get(prefix + "mean")
+        if isinstance(saved, Tensor) and saved.ndim <= 1:  # 0-d before the first commit, (D,) after it
+            self.mean = torch.zeros(saved.shape, device=self.mean.device)
+            self.pending_sum, self.pending_count = self.mean.new_zeros(()), self.mean.new_zeros(())
+            self._forwards = 0
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        return f"decay={self.decay}, update={self.update!r}, normalize={self.normalize}"
+
+
+def unit(embeddings: Embeddings) -> Embeddings:
+    """Each embedding divided by its L2 norm, in fp32 or wider; a zero vector stays zero."""
+
+    def scaled(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        with full_precision(value):
+            return F.normalize(at_least_fp32(value), dim=-1)
+
+    return Embeddings(scaled(embeddings.image), scaled(embeddings.text))

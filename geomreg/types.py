@@ -1,0 +1,42 @@
+"""The few types that every room of the library shares."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["Embeddings", "Regularizer", "Terms"]
+
+
+class Embeddings(NamedTuple):
+    """Image and text embeddings of one batch; either may be None where a term does not need it.
+
+    Attributes:
+        image: ``(B, D)`` image embeddings.
+        text: ``(B, D)`` text embeddings; row j belongs to image j where a term needs pairs.
+    """
+
+    image: Tensor | None = None
+    text: Tensor | None = None
+
+
+class Terms(NamedTuple):
+    """Value of a weighted sum with its parts.
+
+    Attributes:
+        total: 0-d tensor with graph, the weighted sum.
+        parts: name to detached, *unweighted* value, for logging.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@runtime_checkable
+class Regularizer(Protocol):
+    """What a training loop may rely on; any ``nn.Module`` of this shape is a regularizer."""
+
+    def __call__(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
+        """0-d value in fp32 or wider."""
+
+    def step(self) -> None:
+        """Commit what the forwards since the last call collected; once after each optimizer step."""
