@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/emojishift/pretrain.py --run RUN_FOLDER
 
 Checkpoints after every epoch and resumes from ``RUN_FOLDER``; writes the model (open_clip layout, fp16) and its
-record (settings, curve) there when the last epoch is done. Contrastive loss with label-aware soft targets; the
-text features of all concepts outside the batch, as last computed, are further negatives for the images.
+record (settings, curve) there when the last epoch is done. Contrastive loss with label-aware soft targets, and from
+epoch 11 classification of the images among the last text features of all concepts.
 """
 
 import argparse
@@ -34,8 +34,9 @@ TEMPLATES = (
 LINE_STYLES = {"noto": ("line", "wire"), "noto-v1": ("line",), "fluent-emoji-flat": ("line", "wire")}
 TASKS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects", "Smileys & Emotion")
 SETTINGS = {
-    "seed": 0, "epochs": 75, "batch": 128, "learning_rate": 1.5e-3, "warmup_steps": 500, "weight_decay": 0.05,
+    "seed": 0, "epochs": 100, "batch": 128, "learning_rate": 1e-3, "warmup_steps": 100, "weight_decay": 0.05,
     "betas": [0.9, 0.98], "clip_norm": 1.0, "line_probability": 0.35, "ema_decay": 0.998, "max_logit_scale": 100.0,
+    "layer_scale": 0.5, "bank_weight": 0.5, "bank_from_epoch": 10, "plain_until_epoch": 10, "plain_share": 0.1,
 }  # fmt: skip
 
 
@@ -91,15 +92,53 @@ def build_model(vocabulary: int) -> tuple[open_clip.CLIP, dict]:
     return open_clip.CLIP(**model_config, output_dict=True), config
 
 
-def loss_fn(image: Tensor, text: Tensor, labels: Tensor, bank: Tensor, seen: Tensor, scale: Tensor) -> Tensor:
+def loss_fn(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bank: Tensor | None) -> Tensor:
+    """Symmetric contrastive loss whose positives are all pairs of one concept; with ``bank``, the images are also
+    classified among the last text features of all concepts, without gradient to the texts (with it, or before the towers
+    have learned anything, the texts collapse to a point)."""
     same = (labels[:, None] == labels[None, :]).float()
     targets = same / same.sum(dim=1, keepdim=True)
-    outside = seen.clone()
-    outside[labels] = False
-    to_text = scale * torch.cat([image @ text.T, image @ bank[outside].T], dim=1)
-    log_to_text = F.log_softmax(to_text, dim=1)[:, : len(labels)]
-    log_to_image = F.log_softmax(scale * text @ image.T, dim=1)
-    return -(targets * (log_to_text + log_to_image)).sum(dim=1).mean() / 2
+    logits = scale * image @ text.T
+    loss = -(targets * (F.log_softmax(logits, dim=1) + F.log_softmax(logits.T, dim=1))).sum(dim=1).mean() / 2
+    if bank is None:
+        return loss
+    return loss + SETTINGS["bank_weight"] * F.cross_entropy(scale.detach() * image @ bank.T, labels)
+
+
+@torch.no_grad()
+def initialize(model: open_clip.CLIP, data: "Data", captions: "Captions", size: int, generator: torch.Generator) -> None:
+    """Start both towers with spread-out embeddings: projections that whiten the pooled features, as in LSUV.
+
+    At the usual initialisation all texts, and all images, point the same way (cosine near 1). Layer scales start at a
+    half, not at timm's 1e-6, which needs far longer schedules.
+    """
+    width = model.text_projection.shape[1]
+
+    def whitening(features: Tensor, skip: int) -> Tensor:
+        values, vectors = torch.linalg.eigh(features.T @ features / len(features))
+        values, vectors = values.flip(0)[skip : skip + width], vectors.flip(1)[:, skip : skip + width]
+        return vectors / (width * (values + 0.01 * values.mean())).sqrt()
+
+    for name, parameter in model.visual.named_parameters():
+        if name.endswith("gamma"):
+            parameter.fill_(SETTINGS["layer_scale"])
+    tokens = captions.tokens[:6].flatten(0, 1)
+    outputs: list[Tensor] = []
+    handle = model.ln_final.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    model.encode_text(tokens)
+    handle.remove()
+    pooled = outputs[0][torch.arange(len(tokens)), tokens.argmax(dim=-1)]
+    model.ln_final.bias.sub_(pooled.mean(dim=0))
+    model.text_projection.copy_(whitening(pooled - pooled.mean(dim=0), skip=0))
+    rows = torch.randint(len(data.color), (1024,), generator=generator)
+    features = model.visual.trunk(plain(data.batch(rows, generator, SETTINGS["line_probability"])[0], size) * 2 - 1)
+    model.visual.head.proj.weight.copy_(whitening(features, skip=1).T)  # the first direction is the mean
+
+
+def plain(drawings: Tensor, size: int) -> Tensor:
+    """Premultiplied RGBA drawings on white, ``(B, 3, size, size)`` in [0, 1]."""
+    x = drawings.float() / 255
+    return F.interpolate(x[:, :3] + 1 - x[:, 3:], size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -113,8 +152,7 @@ def evaluate(model: open_clip.CLIP, data: Data, captions: Captions, sets: dict[s
         accuracies = []
         for group in TASKS:
             codes = [code for code in drawings.codes if concepts()[code].group == group]
-            x = drawings.select(codes).float() / 255
-            x = F.interpolate(x[:, :3] + 1 - x[:, 3:], size=size, mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+            x = plain(drawings.select(codes), size) * 2 - 1
             features = torch.cat([model.encode_image(part, normalize=True) for part in x.split(256)])
             logits = features @ text[[row[code] for code in codes]].T
             accuracies.append(100 * (logits.argmax(dim=1) == torch.arange(len(codes))).float().mean().item())
@@ -153,6 +191,7 @@ def main() -> None:
     captions = Captions(list(data.names.values()), config["model_cfg"]["text_cfg"]["context_length"])
     model, config = build_model(len(captions.vocabulary))
     size = model.visual.image_size[0]
+    initialize(model, data, captions, size, torch.Generator().manual_seed(settings["seed"]))
     average = copy.deepcopy(model).requires_grad_(False)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
@@ -189,11 +228,14 @@ def main() -> None:
                 group["lr"] = rate
             rows = order[step * settings["batch"] : (step + 1) * settings["batch"]]
             drawings, line_art, labels = data.batch(rows, generator, settings["line_probability"])
-            views = augment(drawings, line_art, size=size, generator=generator) * 2 - 1
+            views = augment(drawings, line_art, size=size, generator=generator)
+            share = max(settings["plain_share"], 1 - epoch / settings["plain_until_epoch"])  # easy pictures first
+            easy = torch.rand(len(rows), generator=generator) < share
+            views = torch.where(easy[:, None, None, None], plain(drawings, size), views) * 2 - 1
             template = torch.randint(len(TEMPLATES), (len(rows),), generator=generator)
             image = model.encode_image(views.contiguous(memory_format=torch.channels_last), normalize=True)
             text = model.encode_text(captions.tokens[template, labels], normalize=True)
-            loss = loss_fn(image, text, labels, bank, seen, model.logit_scale.exp())
+            loss = loss_fn(image, text, labels, model.logit_scale.exp(), bank if epoch >= settings["bank_from_epoch"] else None)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
@@ -212,7 +254,7 @@ def main() -> None:
             "scale": round(model.logit_scale.exp().item(), 2),
             "seconds": round(seconds),
         }
-        if (epoch + 1) % 10 == 0 or epoch + 1 == settings["epochs"]:
+        if (epoch + 1) % 5 == 0 or epoch + 1 == settings["epochs"]:
             entry["top1"] = evaluate(average, data, captions, tests, size)
         curve.append(entry)
         print(json.dumps(entry), flush=True)

@@ -1,0 +1,117 @@
+"""open_clip models: embeddings with an fp32 tail."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from geomreg.types import Embeddings
+
+__all__ = ["embed", "unwrap"]
+
+
+def embed(model: nn.Module, images: Tensor | None = None, texts: Tensor | None = None, *, normalize: bool = True) -> Embeddings:
+    """Embeddings of an open_clip model, last projection and normalisation in fp32 even under autocast.
+
+    bf16 features destroy the small differences that the regularizers measure: rounding student and teacher
+    independently makes 53 % error in the average vector loss at a drift of 0.3 %.
+
+    Args:
+        model: open_clip ``CLIP``, ``CustomTextCLIP`` or ``CoCa``; its output may be a dict or a tuple. With
+            ``normalize=True`` also a wrapper such as ``DistributedDataParallel``, through whose ``forward`` the call goes.
+        images: ``(B, 3, H, W)`` preprocessed images, or None.
+        texts: ``(B', L)`` token ids, or None.
+        normalize: unit embeddings; False gives the projections as they are (not for wrapped models, whose gradient
+            synchronisation hangs on ``forward``).
+
+    Returns:
+        :class:`~geomreg.Embeddings` of ``(B, D)`` and ``(B', D)``, fp32 or wider, None where the input is None.
+
+    Raises:
+        ValueError: neither images nor texts; ``normalize=False`` with a wrapped model.
+        TypeError: the model's output is neither dict nor tuple.
+    """
+    if images is None and texts is None:
+        raise ValueError("embed: expected images or texts, got None for both. Pass at least one.")
+    with full_precision_tail(unwrap(model)):
+        if normalize:
+            image, text = _features(model(images, texts))
+            return Embeddings(*(None if x is None else F.normalize(_float(x), dim=-1) for x in (image, text)))
+        if unwrap(model) is not model:
+            raise ValueError(
+                f"embed: expected a plain open_clip model for normalize=False, got {type(model).__name__}. "
+                "Use normalize=True, or pass the inner model outside of training."
+            )
+        image = None if images is None else _float(model.encode_image(images))
+        text = None if texts is None else _float(model.encode_text(texts))
+        return Embeddings(image, text)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _float(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _features(output: Any) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(output, dict):
+        return output.get("image_features"), output.get("text_features")
+    if isinstance(output, tuple):
+        return output[0], output[1]
+    raise TypeError(f"embed: expected a dict or tuple from the model, got {type(output).__name__}. Pass an open_clip model.")
+
+
+@contextmanager
+def full_precision_tail(model: nn.Module) -> Iterator[None]:
+    """Within, products with the model's last projections run in fp32 outside autocast."""
+    owners = [(owner, name) for owner, name in _projections(model) if getattr(owner, name, None) is not None]
+    with _FullPrecisionProducts(owners):
+        yield
+
+
+def _projections(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where open_clip keeps its last projections: parameters of a ViT or text tower, linear layers of other towers."""
+    found: list[tuple[nn.Module, str]] = []
+    for tower in (getattr(model, "visual", None), getattr(model, "text", None), model):
+        if not isinstance(tower, nn.Module):
+            continue
+        for name in ("proj", "text_projection"):
+            value = getattr(tower, name, None)
+            if isinstance(value, nn.Parameter):
+                found.append((tower, name))
+            elif isinstance(value, nn.Linear):
+                found.append((value, "weight"))
+        head = getattr(getattr(tower, "head", None), "proj", None)
+        if isinstance(head, nn.Linear):
+            found.append((head, "weight"))
+    return found
+
+
+class _FullPrecisionProducts(TorchFunctionMode):
+    """Runs ``x @ W`` and ``linear(x, W, b)`` in fp32 where W is one of the given parameters.
+
+    Parameters are looked up by name at each product, so that sharded models, which swap them, work too.
+    """
+
+    _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.linear)
+
+    def __init__(self, owners: list[tuple[nn.Module, str]]) -> None:
+        super().__init__()
+        self.owners = owners
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._PRODUCTS and len(args) > 1 and any(args[1] is getattr(owner, name) for owner, name in self.owners):
+            with torch.autocast(args[0].device.type, enabled=False):
+                return func(*(_float(x) if isinstance(x, Tensor) else x for x in args), **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
