@@ -18,6 +18,7 @@ __all__ = [
     "check_mean",
     "check_modalities",
     "check_modality",
+    "check_next",
     "check_option",
     "check_pair",
     "check_paired",
@@ -190,18 +191,35 @@ def check_modality(name: str, embeddings: Embeddings, modality: str) -> Tensor:
     return torch.cat(values)
 
 
+def check_next(name: str, collected: object, value: Tensor, label: str) -> None:
+    """A further batch has the width of those collected before."""
+    if isinstance(collected, list) and collected and collected[0].shape[1] != value.shape[1]:
+        raise ValueError(
+            f"{name}: expected {label} embeddings of width {collected[0].shape[1]} as before, got {value.shape[1]}. "
+            "Call reset() between models."
+        )
+
+
 def check_same_ids(name: str, ids: object, teacher_ids: object, rows: int) -> Tensor | None:
     """Integer sample ids, one a row, the same in the same order on both sides; None if none are given."""
     if ids is None and teacher_ids is None:
         return None
     if ids is None:
         raise ValueError(f"{name}: expected ids beside teacher_ids, got None. Pass both, or ids alone.")
-    known = torch.as_tensor(ids)
-    if known.is_floating_point() or known.is_complex() or known.ndim != 1 or len(known) != rows:
-        raise ValueError(f"{name}: expected {rows} integer ids, got {describe(known)}. Pass one id a sample.")
-    if teacher_ids is not None and not torch.equal(known.cpu(), torch.as_tensor(teacher_ids).cpu()):
+    known = _as_ids(name, ids, rows)
+    if teacher_ids is not None and not torch.equal(known, _as_ids(name, teacher_ids, rows)):
         raise ValueError(f"{name}: expected the same ids in the same order from student and teacher, got different ones. Sort both by id.")
-    return known.long()
+    return known
+
+
+def _as_ids(name: str, ids: object, rows: int) -> Tensor:
+    try:
+        known = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected {rows} integer ids, got {describe(ids)}. Number the samples.") from error
+    if known.is_floating_point() or known.is_complex() or known.dtype == torch.bool or tuple(known.shape) != (rows,):
+        raise ValueError(f"{name}: expected {rows} integer ids, got {describe(known)}. Pass one id a sample.")
+    return known.cpu().long()
 
 
 def check_same_keys(name: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:

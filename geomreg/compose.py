@@ -45,7 +45,7 @@ class WeightedSum(nn.Module):
     def terms(self, student: Embeddings, teacher: Embeddings | None) -> Terms:
         """The total with graph, and each term's detached, unweighted value."""
         values = {name: regularizer(student, teacher) for name, regularizer in self.regularizers.items()}
-        total: Tensor = sum(self.weights[name] * value for name, value in values.items())  # type: ignore[assignment]
+        total: Tensor = sum(self.weights[name] * value for name, value in values.items())
         return Terms(total, {name: value.detach() for name, value in values.items()})
 
     def step(self) -> None:

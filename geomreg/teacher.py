@@ -67,8 +67,8 @@ class Teacher(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
-        super()._apply(fn, recurse)
-        self.model._apply(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.model._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from geomreg.checks import check_modality, check_option, check_samples
+from geomreg.checks import check_modality, check_next, check_option, check_samples
 from geomreg.metrics.rsa import gathered, pearson
 from geomreg.types import Embeddings
 
@@ -119,6 +119,7 @@ class Distortion(Metric):
         """Add one batch; raises before anything is stored."""
         one, two = (check_modality("Distortion", value, self.modality) for value in (student, teacher))
         check_samples("Distortion", one, two, minimum=1, same_width=True)
+        check_next("Distortion", self.student, one, "student")
         self.student.append(one.detach())  # type: ignore[operator, union-attr]
         self.teacher.append(two.detach())  # type: ignore[operator, union-attr]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from geomreg.checks import check_modality, check_option, check_same_ids, check_samples
+from geomreg.checks import check_modality, check_next, check_option, check_same_ids, check_samples
 from geomreg.types import Embeddings
 
 __all__ = ["RSA", "rsa"]
@@ -33,8 +33,9 @@ def rsa(student: Tensor, teacher: Tensor, *, dissimilarity: str = "euclidean", c
         Free of units. Time O(N^2 (D + E)); memory for the N (N - 1) / 2 distances of each space in fp64.
 
     Invariances:
-        Permutation of samples; an orthogonal map of either space; positive scaling of either space. Translation of
-        either space for the Euclidean dissimilarities, *not* for cosine and correlation.
+        Permutation of samples; positive scaling of either space. An orthogonal map of either space, except for
+        correlation (whose mean over the width is not a rotation's to keep). Translation of either space for the Euclidean
+        dissimilarities, *not* for cosine and correlation.
 
     Raises:
         TypeError: not floating-point tensors.
@@ -71,7 +72,7 @@ def pearson(name: str, one: Tensor, two: Tensor) -> Tensor:
             )
         deviation = value - value.mean()
         deviations.append(deviation / torch.linalg.vector_norm(deviation))
-    return (deviations[0] @ deviations[1]).clamp(-1, 1)
+    return torch.dot(deviations[0], deviations[1]).clamp(-1, 1)
 
 
 def _distances(name: str, embeddings: Tensor, dissimilarity: str) -> Tensor:
@@ -96,9 +97,9 @@ def _distances(name: str, embeddings: Tensor, dissimilarity: str) -> Tensor:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, the mean rank for ties; values within 1e-9 of each other (relative) are ties: rounding, not order."""
+    """Ranks from 1, the mean rank for ties; values that differ by rounding alone are ties, zero distances included."""
     ordered, order = values.sort()
-    step = ordered.diff() > 1e-9 * ordered[1:].abs()
+    step = ordered.diff() > 1e-9 * ordered[1:].abs() + 1e-12 * ordered[-1].abs()
     group = torch.cat([step.new_zeros(1, dtype=torch.long), step.long().cumsum(dim=0)])
     counts = torch.bincount(group).double()
     mean_rank = counts.cumsum(dim=0) - (counts - 1) / 2
@@ -152,6 +153,10 @@ class RSA(Metric):
         check_samples("RSA", one, two, minimum=1)
         rows = len(one) // 2 if self.modality == "stacked" else len(one)
         known = check_same_ids("RSA", ids, teacher_ids, rows)
+        check_next("RSA", self.student, one, "student")
+        check_next("RSA", self.teacher, two, "teacher")
+        if len(self.student) and bool(len(self.ids)) != (known is not None):  # type: ignore[arg-type]
+            raise ValueError("RSA: expected ids in every update or in none, got a mixture. Pass ids each time.")
         self.student.append(one.detach())  # type: ignore[operator, union-attr]
         self.teacher.append(two.detach())  # type: ignore[operator, union-attr]
         if known is not None:
@@ -160,7 +165,7 @@ class RSA(Metric):
     def compute(self) -> Tensor:
         """0-d fp64 tensor."""
         ids = _all(self.ids)
-        if ids is not None and ids.unique().numel() != ids.numel():
+        if ids is not None and torch.unique(ids).numel() != ids.numel():
             raise ValueError("RSA: expected every sample once, got repeated ids. Switch off the sampler's padding or drop repeats.")
         one, two = gathered("RSA", self.student, self.teacher, self.max_samples)
         return rsa(one, two, dissimilarity=self.dissimilarity, correlation=self.correlation)

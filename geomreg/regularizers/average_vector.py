@@ -174,7 +174,7 @@ class AverageVectorLoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AverageVectorLoss":
         exact = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for key, value in exact.items():
             moved = self._buffers[key]
             if value is not None and moved is not None and moved.dtype != torch.float32:

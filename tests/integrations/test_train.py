@@ -1,0 +1,111 @@
+"""The training loop: equals a loop written out by hand, moves what it should, refuses what it cannot do."""
+
+import copy
+import itertools
+import math
+
+import open_clip
+import pytest
+import torch
+from accelerate import Accelerator
+from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.train import Settings, encode, finetune
+
+from geomreg import DiVE, Teacher, WeightedSum
+
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+VIT = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
+SETTINGS = Settings(steps=4, learning_rate=1e-3, warmup_steps=2)
+
+
+def model() -> torch.nn.Module:
+    """In fp64: some gradients are zero in exact arithmetic (key biases), and Adam would amplify fp32 rounding there."""
+    torch.manual_seed(0)
+    return open_clip.CLIP(embed_dim=24, vision_cfg=VIT, text_cfg=TEXT, output_dict=True).double()
+
+
+def batches(seed: int, size: int = 5):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randn(size, 3, 16, 16, generator=generator).double(), torch.randint(1, 63, (size, 8), generator=generator)
+
+
+def by_hand(regularized: bool) -> dict[str, torch.Tensor]:
+    student = model().train()
+    teacher = copy.deepcopy(student).eval()
+    term = DiVE()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay)
+    target, reference = batches(1), batches(2)
+    for step in range(SETTINGS.steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / 2))
+        optimizer.param_groups[0]["lr"] = SETTINGS.learning_rate * ((step + 1) / 2 if step < 2 else cosine)
+        images, texts = embed(student, *next(target))
+        logits = student.logit_scale.exp() * images @ texts.T
+        labels = torch.arange(len(logits))
+        loss = (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
+        if regularized:
+            batch = next(reference)
+            with torch.no_grad():
+                frozen = embed(teacher, *batch)
+            loss = loss + 7.0 * term(embed(student, *batch), frozen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        term.step() if regularized else None
+    return student.state_dict()
+
+
+@pytest.mark.parametrize("regularized", [False, True])
+def test_equals_a_loop_written_out(regularized):
+    student, log = model(), []
+    extra = {}
+    if regularized:
+        extra = {"regularizer": WeightedSum(dive=(7.0, DiVE())), "reference": batches(2), "teacher": Teacher(student, encode)}
+    result = finetune(student, batches(1), SETTINGS, accelerator=Accelerator(cpu=True), on_step=log.append, **extra)
+    assert result is student
+    assert not result.training
+    expected = by_hand(regularized)
+    for key, value in result.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-10, msg=key)  # updates are 1e-3
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert all(("dive" in entry) == regularized for entry in log)
+    if regularized:
+        assert log[0]["regularizer"] < 1e-25  # teacher and student start equal, up to rounding squared
+        assert log[1]["regularizer"] == pytest.approx(7.0 * log[1]["dive"])
+        assert extra["regularizer"].regularizers["dive"].mean.ndim == 1  # step() was called
+        torch.testing.assert_close(extra["teacher"].model.state_dict(), model().state_dict())
+
+
+def test_schedule():
+    settings = Settings(steps=110, warmup_steps=10)
+    rates = [settings.rate(step) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1
+    assert rates[60] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 1e-3
+    assert all(one >= two for one, two in itertools.pairwise(rates[10:]))
+
+
+def test_clip_norm_limits_the_gradient():
+    student = model()
+    settings = Settings(steps=1, learning_rate=1e-3, warmup_steps=1, clip_norm=1e-4)
+    finetune(student, batches(1), settings, accelerator=Accelerator(cpu=True))
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in student.parameters()]))
+    assert norm.item() == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("given", [("regularizer",), ("reference", "teacher"), ("regularizer", "reference")])
+def test_parts_that_belong_together(given):
+    student = model()
+    parts = {"regularizer": WeightedSum(dive=(1.0, DiVE())), "reference": batches(2), "teacher": Teacher(student, encode)}
+    with pytest.raises(ValueError, match=r"^finetune: expected regularizer, reference and teacher together"):
+        finetune(student, batches(1), SETTINGS, accelerator=Accelerator(cpu=True), **{name: parts[name] for name in given})
+
+
+def test_diverged_loss_stops_before_the_weights_are_spoilt():
+    student = model()
+    before = copy.deepcopy(student.state_dict())
+    images, texts = next(batches(1))
+    with pytest.raises(RuntimeError, match=r"^finetune: expected a finite loss"):
+        finetune(student, iter([(images * math.nan, texts)]), SETTINGS, accelerator=Accelerator(cpu=True))
+    torch.testing.assert_close(student.state_dict(), before)

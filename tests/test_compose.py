@@ -1,0 +1,117 @@
+"""WeightedSum: a sum, its parts, and the state of its terms."""
+
+import copy
+
+import pytest
+import torch
+from batches import gradients, random_pair
+
+from geomreg import AverageVectorLoss, DiVE, FeatureDistillation, PairwiseVectorLoss, Regularizer, Terms, WeightedSum
+
+
+def example():
+    """Three terms, one with state."""
+    return WeightedSum(avl=(3.0, AverageVectorLoss(decay=0.5)), pvl=(0.25, PairwiseVectorLoss()), fd=(2, FeatureDistillation()))
+
+
+def test_value_and_gradient_are_the_weighted_sum():
+    student, teacher = random_pair()
+    value = example()(student, teacher)
+    parts = [AverageVectorLoss()(student, teacher), PairwiseVectorLoss()(student, teacher), FeatureDistillation()(student, teacher)]
+    expected = 3.0 * parts[0] + 0.25 * parts[1] + 2.0 * parts[2]
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    for one, other in zip(gradients(value, student), gradients(expected, student), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_terms_are_detached_and_unweighted():
+    student, teacher = random_pair()
+    terms = example().terms(student, teacher)
+    assert isinstance(terms, Terms)
+    assert list(terms.parts) == ["avl", "pvl", "fd"]
+    assert terms.total.requires_grad
+    assert not any(part.requires_grad for part in terms.parts.values())
+    assert torch.equal(terms.parts["pvl"], PairwiseVectorLoss()(student, teacher))
+    assert torch.equal(terms.total, example()(student, teacher))
+
+
+def test_terms_collect_like_forward():
+    called, listed = example(), example()
+    for seed in range(2):
+        called(*random_pair(seed=seed))
+        listed.terms(*random_pair(seed=seed))
+        called.step()
+        listed.step()
+    assert torch.equal(called.regularizers["avl"].mean, listed.regularizers["avl"].mean)
+    assert called.regularizers["avl"].mean.any()
+
+
+def test_step_reaches_nested_sums():
+    inner, alone = AverageVectorLoss(), AverageVectorLoss()
+    outer = WeightedSum(keep=(2.0, WeightedSum(avl=(1.0, inner))), pvl=(1.0, PairwiseVectorLoss()))
+    outer(*random_pair())
+    outer.step()
+    alone(*random_pair())
+    alone.step()
+    assert torch.equal(inner.mean, alone.mean)
+    assert isinstance(outer, Regularizer)
+
+
+def test_evaluation_reaches_the_terms():
+    keep = example().eval()
+    keep(*random_pair())
+    keep.train().step()
+    assert keep.regularizers["avl"].mean.shape == ()
+
+
+def test_state_resumes():
+    saved = example()
+    saved(*random_pair())
+    saved.step()
+    assert list(saved.state_dict()) == ["regularizers.avl.mean"]
+    resumed = example()
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert torch.equal(resumed(*random_pair(seed=1)), saved(*random_pair(seed=1)))
+
+
+def test_zero_weight_gives_value_without_gradient():
+    student, teacher = random_pair()
+    terms = WeightedSum(dive=(0.0, DiVE())).terms(student, teacher)
+    assert terms.total.item() == 0
+    assert terms.parts["dive"].item() > 0
+    assert not any(gradient.any() for gradient in gradients(terms.total, student))
+
+
+def test_same_options_are_independent_instances():
+    keep = WeightedSum(one=(1.0, AverageVectorLoss(decay=0.0)), two=(1.0, AverageVectorLoss(decay=1.0)))
+    keep(*random_pair())
+    keep.step()
+    assert keep.regularizers["one"].mean.any()
+    assert not keep.regularizers["two"].mean.any()
+
+
+def test_repr_shows_the_weights():
+    assert "avl: 3" in repr(example())
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), True, "1", None, torch.tensor(1.0)])
+def test_bad_weight(weight):
+    with pytest.raises(ValueError, match=r"^WeightedSum: expected the weight of avl as a finite number >= 0, got"):
+        WeightedSum(avl=(weight, AverageVectorLoss()))
+
+
+@pytest.mark.parametrize("entry", [AverageVectorLoss(), (1.0,), [1.0, AverageVectorLoss()], (1.0, AverageVectorLoss(), 2)])
+def test_bad_entry(entry):
+    with pytest.raises(TypeError, match=r"^WeightedSum: expected avl=\(weight, regularizer\), got"):
+        WeightedSum(avl=entry)
+
+
+@pytest.mark.parametrize("term", [torch.nn.Linear(2, 2), AverageVectorLoss, lambda student, teacher: 0, None])
+def test_bad_term(term):
+    with pytest.raises(TypeError, match=r"^WeightedSum: expected avl as an nn.Module with step\(\), got"):
+        WeightedSum(avl=(1.0, term))
+
+
+def test_no_terms():
+    with pytest.raises(ValueError, match=r"^WeightedSum: expected at least one"):
+        WeightedSum()

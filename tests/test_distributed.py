@@ -1,0 +1,152 @@
+"""Two processes with different data equal one process with all of it: losses, gradients, running means."""
+
+import os
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from batches import batch_mean, random_pair
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from geomreg import AverageVectorLoss, DiVE, Embeddings, FeatureDistillation, PairwiseVectorLoss, Teacher
+
+pytestmark = pytest.mark.slow
+RANKS, STEPS, ROWS = 2, 3, 4
+TERMS = {
+    "average_vector": partial(AverageVectorLoss, decay=0.5),
+    "average_vector_before": partial(AverageVectorLoss, decay=0.5, update="before"),
+    "dive": partial(DiVE, decay=0.5),
+    "dive_before": partial(DiVE, decay=0.5, update="before"),
+    "pairwise_vector": PairwiseVectorLoss,
+    "feature_distillation": FeatureDistillation,
+}
+STATEFUL = [name for name in TERMS if "average" in name or "dive" in name]
+
+
+class Towers(nn.Module):
+    """An image and a text encoder; the same weights in every process."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.image, self.text = nn.Linear(5, 6).double(), nn.Linear(3, 6).double()
+
+    def forward(self, images, texts):
+        return Embeddings(self.image(images), self.text(texts))
+
+
+def data(step, ranks):
+    """The batches of some ranks, one under the other."""
+    generators = [torch.Generator().manual_seed(100 * step + rank) for rank in ranks]
+    values = [
+        [torch.randn(ROWS, width, generator=one, dtype=torch.float64) + rank for width in (5, 3)]
+        for rank, one in zip(ranks, generators, strict=True)
+    ]
+    return [torch.cat(parts) for parts in zip(*values, strict=True)]
+
+
+def trained(build, ranks, wrap=lambda model: model):
+    """Loss, gradient and running mean at each of a few steps."""
+    teacher = Teacher(Towers(seed=1), lambda model, batch: model(*batch))
+    towers, regularizer = Towers(), build()
+    student, record = wrap(towers), []
+    optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
+    for step in range(STEPS):
+        batch = data(step, ranks)
+        loss = regularizer(student(*batch), teacher(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        regularizer.step()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in towers.parameters()])
+        record.append({"loss": loss.detach(), "gradient": gradients, "mean": getattr(regularizer, "mean", torch.zeros(())).clone()})
+    return record
+
+
+def uneven(build, rank, spoiled=False):
+    """The mean after one batch that is larger on rank 1 and, if spoiled, not finite there."""
+    regularizer = build(normalize=False)
+    regularizer(*random_pair(rows=3 + 2 * rank, seed=rank))
+    regularizer.step()
+    if spoiled:
+        student, teacher = random_pair(seed=rank + 10)
+        with torch.no_grad():
+            student.image[0, 0] *= float("nan") if rank == 1 else 1.0
+        regularizer(student, teacher)
+        regularizer.step()
+    return regularizer.mean
+
+
+def work(rank, folder):
+    """What each process does; the results go to a file."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    try:
+        result = {name: trained(build, [rank], DistributedDataParallel) for name, build in TERMS.items()}
+        result["uneven"] = {name: uneven(partial(TERMS[name], decay=0.0), rank) for name in STATEFUL}
+        result["spoiled"] = {name: uneven(TERMS[name], rank, spoiled=True) for name in STATEFUL}
+        torch.save(result, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Both processes' results."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (folder,), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def close(actual, expected, tolerance):
+    """Largest error within a share of the largest entry."""
+    assert (actual.double() - expected.double()).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_loss_and_gradient_equal_one_process(results, name):
+    expected = trained(TERMS[name], range(RANKS))
+    tolerance = 1e-6 if name in STATEFUL else 1e-12  # the mean is fp32
+    for step in range(STEPS):
+        ranks = [result[name][step] for result in results]
+        assert not torch.equal(ranks[0]["loss"], ranks[1]["loss"])
+        close(torch.stack([rank["loss"] for rank in ranks]).mean(), expected[step]["loss"], tolerance)
+        for rank in ranks:
+            close(rank["gradient"], expected[step]["gradient"], tolerance)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_running_mean_equals_one_process(results, name):
+    expected = trained(TERMS[name], range(RANKS))
+    for step in range(STEPS):
+        ranks = [result[name][step]["mean"] for result in results]
+        assert torch.equal(*ranks)
+        assert ranks[0].any()
+        close(ranks[0], expected[step]["mean"], 1e-6)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_uneven_batches_count_every_vector(results, name):
+    pairs = [random_pair(rows=3 + 2 * rank, seed=rank) for rank in range(RANKS)]
+    whole = [Embeddings(*(torch.cat(parts) for parts in zip(*side, strict=True))) for side in zip(*pairs, strict=True)]
+    ranks = [result["uneven"][name] for result in results]
+    assert torch.equal(*ranks)
+    close(ranks[0], batch_mean(*whole), 1e-6)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_batch_spoiled_on_one_rank_is_skipped_on_both(results, name):
+    ranks = [result["spoiled"][name] for result in results]
+    assert torch.equal(*ranks)
+    close(ranks[0], 0.5 * results[0]["uneven"][name], 1e-6)
+
+
+def test_different_data_matters():
+    """The check above would see a rank that keeps its own mean."""
+    both, alone = trained(TERMS["average_vector"], range(RANKS)), trained(TERMS["average_vector"], [0])
+    assert (both[0]["mean"] - alone[0]["mean"]).abs().max() > 1e-2 * both[0]["mean"].abs().max()
