@@ -27,6 +27,7 @@ __all__ = [
     "check_same_keys",
     "check_samples",
     "check_weight",
+    "check_width",
     "describe",
 ]
 
@@ -80,6 +81,16 @@ def check_paired(name: str, image: Tensor, text: Tensor) -> None:
             f"{name}: expected image and text embeddings of the same pairs, got {describe(image)} on {image.device} and "
             f"{describe(text)} on {text.device}. Row j of both must belong to pair j."
         )
+
+
+def check_width(name: str, embeddings: Embeddings) -> int:
+    """Width of the embeddings, the same for images and texts."""
+    widths = [value.shape[1] for value in embeddings if value is not None]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"{name}: expected image and text embeddings of one width, got {widths[0]} and {widths[1]}. Take both after the projection."
+        )
+    return widths[0]
 
 
 def check_mean(name: str, mean: Tensor, width: int) -> None:

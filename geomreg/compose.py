@@ -28,6 +28,10 @@ class WeightedSum(nn.Module):
         self.weights: dict[str, float] = {}
         self.regularizers = nn.ModuleDict()
         for name, entry in terms.items():
+            if not name.isidentifier() or hasattr(self.regularizers, name):
+                raise ValueError(
+                    f"WeightedSum: expected a plain name for a term, got {name!r}. Choose another: it is taken or no identifier."
+                )
             if not isinstance(entry, tuple) or len(entry) != 2:
                 raise TypeError(f"WeightedSum: expected {name}=(weight, regularizer), got {describe(entry)}. Write {name}=(1.0, term).")
             weight, regularizer = entry

@@ -44,8 +44,9 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
     merged = {}
     for key, end in finetuned.items():
         if end.is_floating_point():
-            start = at_least_fp32(pretrained[key].detach())
-            merged[key] = torch.lerp(start, end.detach().to(start), float(alpha)).to(end.dtype)
+            wide = torch.promote_types(at_least_fp32(end).dtype, pretrained[key].dtype)
+            start = pretrained[key].detach().to(end.device, wide)
+            merged[key] = torch.lerp(start, end.detach().to(wide), float(alpha)).to(end.dtype)
         else:
             merged[key] = end.detach().clone()
     return merged

@@ -44,10 +44,10 @@ class Teacher(nn.Module):
             raise TypeError(f"Teacher: expected model as an nn.Module, got {describe(model)}. Pass the student itself; it is copied.")
         if not callable(encode):
             raise TypeError(f"Teacher: expected encode as a function of (model, batch), got {describe(encode)}. Pass the student's.")
-        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        frozen = copy.deepcopy(model)
         _check_independent(model, frozen)
         self.encode = encode
-        self._held = (frozen,)  # in a tuple, so that nn.Module does not register it
+        self._held = (frozen.eval().requires_grad_(False),)  # in a tuple, so that nn.Module does not register it
         super().train(False)
 
     @property

@@ -115,3 +115,9 @@ def test_bad_term(term):
 def test_no_terms():
     with pytest.raises(ValueError, match=r"^WeightedSum: expected at least one"):
         WeightedSum()
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "a.b", ""])
+def test_names_that_cannot_be_used(name):
+    with pytest.raises(ValueError, match=r"^WeightedSum: expected a plain name for a term"):
+        WeightedSum(**{name: (1.0, FeatureDistillation())})

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from artists import PRETRAINING, artist_drawings
 from augment import augment
-from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings
 from safetensors.torch import save_file
 from torch import Tensor
+
+from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings
 
 CONFIG = Path(__file__).resolve().parents[2] / "integrations" / "quickstart" / "model" / "open_clip_config.json"
 TEMPLATES = (

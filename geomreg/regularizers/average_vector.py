@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option
+from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option, check_width
 from geomreg.distributed import all_reduce_sum, world_size
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.types import Embeddings
@@ -70,12 +70,13 @@ def average_vector_loss(
         Suzuki et al., Difference Vector Equalization, AAAI 2026, arXiv 2511.09973, average vector loss.
     """
     name = "average_vector_loss"
-    teacher = check_embeddings(name, Embeddings(student_image, student_text), Embeddings(teacher_image, teacher_text))
+    student = Embeddings(student_image, student_text)
+    teacher = check_embeddings(name, student, Embeddings(teacher_image, teacher_text))
+    check_mean(name, mean, check_width(name, student))
     total: Tensor | None = None
-    for one, other in zip((student_image, student_text), teacher, strict=True):
+    for one, other in zip(student, teacher, strict=True):
         if one is None or other is None:
             continue
-        check_mean(name, mean, one.shape[1])
         with full_precision(one):
             shift = at_least_fp32(one) - at_least_fp32(other)  # (B, D)
             term = (shift - mean.to(shift)).square().sum(dim=1).mean()
@@ -111,27 +112,35 @@ class AverageVectorLoss(nn.Module):
 
     def __init__(self, *, decay: float = 0.99, update: str = "after", normalize: bool = True) -> None:
         super().__init__()
-        check_fraction("AverageVectorLoss", "decay", decay)
-        check_option("AverageVectorLoss", "update", update, ("after", "before"))
+        check_fraction(self._name, "decay", decay)
+        check_option(self._name, "update", update, ("after", "before"))
         self.decay, self.update, self.normalize = decay, update, normalize
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("pending_sum", torch.zeros(()), persistent=False)
         self.register_buffer("pending_count", torch.zeros(()), persistent=False)
         self._forwards, self._warned = 0, False
 
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
     def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
-        teacher = check_embeddings("AverageVectorLoss", student, teacher)
-        if self.normalize:
-            student, teacher = unit(student), unit(teacher)
+        student, teacher = self._checked(student, teacher)
         mean = self._collect(student, teacher) if self.training else self.mean
         return average_vector_loss(*student, *teacher, mean=mean)
+
+    def _checked(self, student: Embeddings, teacher: Embeddings | None) -> tuple[Embeddings, Embeddings]:
+        """Everything that can be refused is refused here, before statistics are collected; embeddings scaled to unit norm."""
+        teacher = check_embeddings(self._name, student, teacher)
+        check_mean(self._name, self.mean, check_width(self._name, student))
+        return (unit(student), unit(teacher)) if self.normalize else (student, teacher)
 
     @torch.no_grad()
     def _collect(self, student: Embeddings, teacher: Embeddings) -> Tensor:
         """Add this batch to the pending statistics; returns the mean that the loss uses."""
         if self.update == "before" and self._forwards:
             raise RuntimeError(
-                'AverageVectorLoss: expected step() between two training forwards with update="before", got a second forward. '
+                f'{self._name}: expected step() between two training forwards with update="before", got a second forward. '
                 'Call step() after each optimizer step, or use update="after" with gradient accumulation.'
             )
         for one, other in zip(student, teacher, strict=True):
@@ -145,7 +154,7 @@ class AverageVectorLoss(nn.Module):
             if self._forwards > _FORGOTTEN and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"AverageVectorLoss: {_FORGOTTEN} training forwards without step(); the running mean stands still. "
+                    f"{self._name}: {_FORGOTTEN} training forwards without step(); the running mean stands still. "
                     "Call step() after each optimizer step.",
                     stacklevel=3,
                 )
@@ -156,7 +165,7 @@ class AverageVectorLoss(nn.Module):
         if self.pending_sum.ndim == 0:  # nothing pending on this process
             if world_size() > 1:
                 raise RuntimeError(
-                    "AverageVectorLoss: expected a training forward on every process before step(), got none on this one. "
+                    f"{self._name}: expected a training forward on every process before step(), got none on this one. "
                     "Give every process a batch."
                 )
             return self.mean
@@ -188,6 +197,7 @@ class AverageVectorLoss(nn.Module):
             self.pending_sum, self.pending_count = self.mean.new_zeros(()), self.mean.new_zeros(())
             self._forwards = 0
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.mean = self.mean.float()  # assign=True takes the tensor as it was saved
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}, update={self.update!r}, normalize={self.normalize}"

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from geomreg.checks import check_embeddings, check_pairs_present
-from geomreg.regularizers.average_vector import AverageVectorLoss, average_vector_loss, unit
+from geomreg.checks import check_embeddings, check_paired, check_pairs_present
+from geomreg.regularizers.average_vector import AverageVectorLoss, average_vector_loss
 from geomreg.regularizers.pairwise_vector import pairwise_vector_loss
 from geomreg.types import Embeddings
 
@@ -52,6 +52,9 @@ def dive_loss(student_image: Tensor, student_text: Tensor, teacher_image: Tensor
     Reference:
         Suzuki et al., Difference Vector Equalization, AAAI 2026, arXiv 2511.09973, total objective.
     """
+    student, teacher = Embeddings(student_image, student_text), Embeddings(teacher_image, teacher_text)
+    check_embeddings("dive_loss", student, teacher, required=Embeddings._fields)
+    check_paired("dive_loss", student_image, student_text)
     average = average_vector_loss(student_image, student_text, teacher_image, teacher_text, mean=mean)
     return average + pairwise_vector_loss(student_image, student_text, teacher_image, teacher_text)
 
@@ -60,10 +63,13 @@ class DiVE(AverageVectorLoss):
     """Module form of :func:`dive_loss`; the running mean, its ``step()`` and the arguments are those of
     :class:`AverageVectorLoss`. ``decay=1.0`` freezes the mean at zero: distillation on both encoders, the control."""
 
+    def _checked(self, student: Embeddings, teacher: Embeddings | None) -> tuple[Embeddings, Embeddings]:
+        student, teacher = super()._checked(student, teacher)
+        check_paired("DiVE", *check_pairs_present("DiVE", student))
+        return student, teacher
+
     def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
-        teacher = check_embeddings("DiVE", student, teacher)
-        if self.normalize:
-            student, teacher = unit(student), unit(teacher)
-        pair, reference = check_pairs_present("DiVE", student), check_pairs_present("DiVE", teacher)
+        student, teacher = self._checked(student, teacher)
         mean = self._collect(student, teacher) if self.training else self.mean
+        pair, reference = check_pairs_present("DiVE", student), check_pairs_present("DiVE", teacher)
         return dive_loss(*pair, *reference, mean=mean)

@@ -15,15 +15,15 @@ from typing import Any
 import open_clip
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
+
+from geomreg.compose import WeightedSum
+from geomreg.ensemble import alpha_sweep
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings
 from geomreg.integrations.quickstart.views import CORRUPTIONS, fixed_views, random_views
 from geomreg.integrations.recipes.evaluate import accuracy, correct, embed_images, zero_shot_head
 from geomreg.integrations.recipes.train import Batch, Settings, encode, finetune
-from torch import Tensor, nn
-
-from geomreg.compose import WeightedSum
-from geomreg.ensemble import alpha_sweep
 from geomreg.metrics import distortion_bound, rsa
 from geomreg.regularizers import DiVE
 from geomreg.teacher import Teacher

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
+
+from geomreg.checks import check_weight
 from geomreg.integrations.quickstart.experiment import (
     METHODS,
     Pool,
@@ -21,9 +24,6 @@ from geomreg.integrations.quickstart.experiment import (
 )
 from geomreg.integrations.quickstart.report import picture, table
 from geomreg.integrations.recipes.train import Settings
-from tqdm import tqdm
-
-from geomreg.checks import check_weight
 
 __all__ = ["Options", "quickstart"]
 

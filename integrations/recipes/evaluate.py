@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from geomreg.integrations.open_clip import embed
 from torch import Tensor, nn
+
+from geomreg.integrations.open_clip import embed
 
 __all__ = ["accuracy", "correct", "embed_images", "zero_shot_head"]
 

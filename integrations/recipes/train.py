@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from geomreg.integrations.open_clip import embed, unwrap
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from geomreg.compose import WeightedSum
+from geomreg.integrations.open_clip import embed, unwrap
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from geomreg.integrations.quickstart import data, views
 from geomreg.integrations.quickstart.experiment import answerable
 

@@ -4,10 +4,10 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from geomreg.integrations.open_clip import embed
 
 from geomreg import Embeddings
 from geomreg.functional import average_vector_loss
+from geomreg.integrations.open_clip import embed
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}

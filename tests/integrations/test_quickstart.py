@@ -8,6 +8,7 @@ import sys
 import open_clip
 import pytest
 import torch
+
 from geomreg.integrations.quickstart import experiment, run
 from geomreg.integrations.quickstart.report import table
 from geomreg.integrations.recipes.cli import main

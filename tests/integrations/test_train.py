@@ -8,10 +8,10 @@ import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
-from geomreg.integrations.open_clip import embed
-from geomreg.integrations.recipes.train import Settings, encode, finetune
 
 from geomreg import DiVE, Teacher, WeightedSum
+from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.train import Settings, encode, finetune
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
