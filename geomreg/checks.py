@@ -41,7 +41,7 @@ def describe(value: object) -> str:
 
 def _check_matrix(name: str, label: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {label} embeddings as a tensor of shape (B, D), got {describe(value)}.")
+        raise TypeError(f"{name}: expected {label} embeddings as a tensor of shape (B, D), got {describe(value)}. Pass a tensor.")
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(
             f"{name}: expected {label} embeddings of shape (B, D) with B, D >= 1, got {describe(value)}. "

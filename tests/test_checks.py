@@ -14,7 +14,7 @@ NO_MEAN = torch.zeros(())
 FUNCTIONS = {  # each as a function of an image student and its teacher
     "average_vector_loss": lambda s, t: average_vector_loss(s, GOOD, t, GOOD, mean=NO_MEAN),
     "pairwise_vector_loss": lambda s, t: pairwise_vector_loss(s, GOOD, t, GOOD),
-    "average_vector_loss ": lambda s, t: dive_loss(s, GOOD, t, GOOD, mean=NO_MEAN),
+    "dive_loss": lambda s, t: dive_loss(s, GOOD, t, GOOD, mean=NO_MEAN),
     "feature_distillation_loss": feature_distillation_loss,
 }
 MODULES = {
