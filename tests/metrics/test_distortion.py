@@ -364,7 +364,9 @@ def test_bound_type_errors():
         TypeError, match=message("distortion_bound", "floating-point teacher embeddings", r"int64 tensor of shape \(5, 4\)")
     ):
         distortion_bound(GOOD, GOOD.long())
-    with pytest.raises(TypeError, match=r"^distortion_bound: expected student embeddings as a tensor of shape \(B, D\), got None\.$"):
+    with pytest.raises(
+        TypeError, match=r"^distortion_bound: expected student embeddings as a tensor of shape \(B, D\), got None\. Pass a tensor\.$"
+    ):
         distortion_bound(None, GOOD)
 
 

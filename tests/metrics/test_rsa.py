@@ -325,7 +325,7 @@ def test_rsa_type_errors(student, teacher, expected, got):
 
 
 def test_rsa_of_a_list_raises():
-    with pytest.raises(TypeError, match=r"^rsa: expected student embeddings as a tensor of shape \(B, D\), got list\.$"):
+    with pytest.raises(TypeError, match=r"^rsa: expected student embeddings as a tensor of shape \(B, D\), got list\. Pass a tensor\.$"):
         rsa(GOOD.tolist(), GOOD)
 
 
