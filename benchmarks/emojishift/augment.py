@@ -31,7 +31,7 @@ def augment(images: Tensor, line_art: Tensor, *, size: int, generator: Generator
         ink = -F.max_pool2d(-(x[thick, :3] + 1 - x[thick, 3:]), 3, stride=1, padding=1)
         x[thick] = torch.cat([(ink - (1 - alpha)).clamp(min=0), alpha], dim=1)
 
-    # geometry: scale, aspect, rotation, shear, shift, mirror
+    # geometry: scale, aspect, rotation, shear, shift, mirror, and smooth bending
     scale, aspect = uniform(low=0.6, high=1.12), torch.exp(uniform(low=-0.15, high=0.15))
     angle, shear = uniform(low=-1, high=1) * math.radians(20), uniform(low=-0.2, high=0.2)
     mirror = torch.where(chance(0.35), -1.0, 1.0)
@@ -41,6 +41,8 @@ def augment(images: Tensor, line_art: Tensor, *, size: int, generator: Generator
     theta[:, 1, 0], theta[:, 1, 1] = mirror * sin / scale, cos * aspect / scale
     theta[:, :, 2] = uniform(2, low=-1, high=1) * (0.12 + (1 - scale).clamp(min=0))[:, None] * 0.8
     grid = F.affine_grid(theta, [batch, 4, size, size], align_corners=False)
+    bend = uniform(1, 1, 1, low=0, high=0.08) * torch.randn(batch, 2, 5, 5, generator=generator)  # another artist's hand
+    grid = grid + F.interpolate(bend, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     color, alpha = x[:, :3], x[:, 3:]
 

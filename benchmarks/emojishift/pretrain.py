@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/emojishift/pretrain.py --run RUN_FOLDER
 
 Checkpoints after every epoch and resumes from ``RUN_FOLDER``; writes the model (open_clip layout, fp16) and its
-record (settings, curve) there when the last epoch is done. Contrastive loss with label-aware soft targets, and from
-epoch 11 classification of the images among the last text features of all concepts.
+record (settings, curve) there when the last epoch is done. Contrastive loss with label-aware targets over two
+drawings a concept, between images and texts and between artists; from epoch 11 also classification of the images among the
+last text features of all concepts.
 """
 
 import argparse
@@ -37,7 +38,7 @@ TASKS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "O
 SETTINGS = {
     "seed": 0, "epochs": 100, "batch": 128, "learning_rate": 1e-3, "warmup_steps": 100, "weight_decay": 0.05,
     "betas": [0.9, 0.98], "clip_norm": 1.0, "line_probability": 0.35, "ema_decay": 0.998, "max_logit_scale": 100.0,
-    "layer_scale": 0.5, "bank_weight": 0.5, "bank_from_epoch": 10, "plain_until_epoch": 10, "plain_share": 0.1,
+    "layer_scale": 0.5, "artist_weight": 0.5, "bank_weight": 0.5, "bank_from_epoch": 10, "plain_until_epoch": 10, "plain_share": 0.1,
 }  # fmt: skip
 
 
@@ -62,6 +63,16 @@ class Data:
             offset += sum(len(style.codes) for style in styles)
         self.color, self.lines = torch.cat(images), torch.cat(lines)
         self.labels, self.mono = torch.tensor(labels), torch.tensor(mono)
+
+    def pairs(self, generator: torch.Generator) -> Tensor:
+        """``(P, 2)`` rows of ``color``: two drawings a concept, by different artists where there are two; every row once or more."""
+        order = torch.randperm(len(self.labels), generator=generator)
+        order = order[self.labels[order].argsort(stable=True)]
+        found = []
+        for rows in order.split(torch.bincount(self.labels[order])[torch.unique(self.labels)].tolist()):
+            found += [rows[i : i + 2] if i + 1 < len(rows) else rows[[i, 0]] for i in range(0, len(rows), 2)]
+        pairs = torch.stack(found)
+        return pairs[torch.randperm(len(pairs), generator=generator)]
 
     def batch(self, rows: Tensor, generator: torch.Generator, line_probability: float) -> tuple[Tensor, Tensor, Tensor]:
         images, line_art = self.color[rows], self.mono[rows].clone()
@@ -93,17 +104,33 @@ def build_model(vocabulary: int) -> tuple[open_clip.CLIP, dict]:
     return open_clip.CLIP(**model_config, output_dict=True), config
 
 
-def loss_fn(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, bank: Tensor | None) -> Tensor:
-    """Symmetric contrastive loss whose positives are all pairs of one concept; with ``bank``, the images are also
-    classified among the last text features of all concepts, without gradient to the texts (with it, or before the towers
-    have learned anything, the texts collapse to a point)."""
-    same = (labels[:, None] == labels[None, :]).float()
-    targets = same / same.sum(dim=1, keepdim=True)
-    logits = scale * image @ text.T
-    loss = -(targets * (F.log_softmax(logits, dim=1) + F.log_softmax(logits.T, dim=1))).sum(dim=1).mean() / 2
+def soft_cross_entropy(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Every column of a row's concept is a positive, with equal shares."""
+    same = (rows[:, None] == columns[None, :]).float()
+    return -(same / same.sum(dim=1, keepdim=True) * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
+def loss_fn(image: Tensor, text: Tensor, labels: Tensor, others: Tensor, scale: Tensor, bank: Tensor | None) -> Tensor:
+    """Contrastive loss of two drawings a concept, their captions, and captions of other concepts.
+
+    Args:
+        image: ``(2 P, D)``; row P + j shows the concept of row j.
+        text: ``(P + M, D)``; captions of the P concepts, then of M others that have no image here.
+        labels: ``(P,)`` concepts.
+        others: ``(M,)`` concepts of the further captions.
+        scale: exponentiated logit scale.
+        bank: ``(C, D)`` last text features of all concepts; the images are classified among them, without gradient to the
+            texts (with it the texts collapse to a point). None early on.
+    """
+    of_image, of_text, pairs = labels.repeat(2), torch.cat([labels, others]), len(labels)
+    to_text = soft_cross_entropy(scale * image @ text.T, of_image, of_text)
+    to_image = soft_cross_entropy(scale * text[:pairs] @ image.T, labels, of_image)
+    between = scale * image[:pairs] @ image[pairs:].T
+    artists = (soft_cross_entropy(between, labels, labels) + soft_cross_entropy(between.T, labels, labels)) / 2
+    loss = (to_text + to_image) / 2 + SETTINGS["artist_weight"] * artists
     if bank is None:
         return loss
-    return loss + SETTINGS["bank_weight"] * F.cross_entropy(scale.detach() * image @ bank.T, labels)
+    return loss + SETTINGS["bank_weight"] * F.cross_entropy(scale.detach() * image @ bank.T, of_image)
 
 
 @torch.no_grad()
@@ -202,7 +229,9 @@ def main() -> None:
     )  # fmt: skip
     bank = torch.zeros(len(data.codes), config["model_cfg"]["embed_dim"])
     seen = torch.zeros(len(data.codes), dtype=torch.bool)
-    steps = len(data.color) // settings["batch"]
+    pairs_a_batch = settings["batch"] // 2
+    steps = len(data.pairs(torch.Generator().manual_seed(0))) // pairs_a_batch
+    known = torch.unique(data.labels)
     total, start, curve, seconds = steps * settings["epochs"], 0, [], 0.0
 
     checkpoint = arguments.run / "checkpoint.pt"
@@ -220,23 +249,26 @@ def main() -> None:
     for epoch in range(start, settings["epochs"]):
         began, running = time.time(), 0.0
         generator = torch.Generator().manual_seed(settings["seed"] * 100_003 + epoch)
-        order = torch.randperm(len(data.color), generator=generator)
+        order = data.pairs(generator)
         model.train()
         for step in range(min(steps, arguments.max_steps_per_epoch or steps)):
             done = epoch * steps + step
             rate = min((done + 1) / settings["warmup_steps"], 0.5 * (1 + math.cos(math.pi * done / total))) * settings["learning_rate"]
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = order[step * settings["batch"] : (step + 1) * settings["batch"]]
+            rows = order[step * pairs_a_batch : (step + 1) * pairs_a_batch].T.flatten()
             drawings, line_art, labels = data.batch(rows, generator, settings["line_probability"])
+            labels = labels[:pairs_a_batch]
+            others = known[torch.randint(len(known), (pairs_a_batch,), generator=generator)]
+            captioned = torch.cat([labels, others])
             views = augment(drawings, line_art, size=size, generator=generator)
             share = max(settings["plain_share"], 1 - epoch / settings["plain_until_epoch"])  # easy pictures first
             easy = torch.rand(len(rows), generator=generator) < share
             views = torch.where(easy[:, None, None, None], plain(drawings, size), views) * 2 - 1
             template = torch.randint(len(TEMPLATES), (len(rows),), generator=generator)
             image = model.encode_image(views.contiguous(memory_format=torch.channels_last), normalize=True)
-            text = model.encode_text(captions.tokens[template, labels], normalize=True)
-            loss = loss_fn(image, text, labels, model.logit_scale.exp(), bank if epoch >= settings["bank_from_epoch"] else None)
+            text = model.encode_text(captions.tokens[template, captioned], normalize=True)
+            loss = loss_fn(image, text, labels, others, model.logit_scale.exp(), bank if epoch >= settings["bank_from_epoch"] else None)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
@@ -246,7 +278,7 @@ def main() -> None:
                 keep = min(settings["ema_decay"], (done + 1) / (done + 10))
                 for mean, value in zip(average.parameters(), model.parameters(), strict=True):
                     mean.lerp_(value, 1 - keep)
-            bank[labels], seen[labels] = text.detach(), True
+            bank[captioned], seen[captioned] = text.detach(), True
             running += loss.item()
         seconds += time.time() - began
         entry = {

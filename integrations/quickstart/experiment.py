@@ -29,7 +29,7 @@ from geomreg.regularizers import DiVE
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
-__all__ = ["ALPHAS", "METHODS", "Experiment", "load_model", "openmoji_experiment", "run_method"]
+__all__ = ["ALPHAS", "METHODS", "Experiment", "Pool", "load_model", "openmoji_experiment", "run_method"]
 
 TARGET = "Animals & Nature"
 ZERO_SHOT = {

@@ -1,0 +1,63 @@
+"""Two gloo processes with half a batch each end with the weights of one process with the whole batch."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from test_train import SETTINGS, batches, model
+
+from geomreg import DiVE, Teacher, WeightedSum
+from geomreg.integrations.recipes.train import encode, finetune
+
+
+def part_of(stream, rank: int, ranks: int):
+    for images, texts in stream:
+        yield images[rank::ranks], texts[rank::ranks]
+
+
+def run(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Final weights and running mean of FLYP + DiVE on this rank's part of every batch."""
+    student = model()
+    keep = WeightedSum(dive=(7.0, DiVE()))
+    finetune(
+        student,
+        part_of(batches(1, size=6), rank, ranks),
+        SETTINGS,
+        regularizer=keep,
+        reference=part_of(batches(2, size=4), rank, ranks),
+        teacher=Teacher(student, encode),
+        accelerator=Accelerator(cpu=True),
+    )
+    return {**student.state_dict(), "running mean": keep.regularizers["dive"].mean}
+
+
+def worker(rank: int, ranks: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in address.items()})
+    torch.save(run(rank, ranks), Path(folder) / f"{rank}.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    whole = run(0, 1)
+    mp.spawn(worker, args=(2, free_port(), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    before = model().state_dict()
+    assert any(not torch.equal(value, before[key]) for key, value in first.items() if key in before)
+    for key, value in whole.items():
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, msg=f"ranks differ in {key}")
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-7, msg=key)
