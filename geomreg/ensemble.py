@@ -21,7 +21,7 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
     geometric mean of the scales. A zero-shot head must be rebuilt afterwards.
 
     Args:
-        pretrained: state dict, the result at ``alpha=0``.
+        pretrained: state dict; its floating-point entries are the result at ``alpha=0``.
         finetuned: state dict with the same keys and shapes, the result at ``alpha=1``.
         alpha: in [0, 1].
 

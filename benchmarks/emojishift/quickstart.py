@@ -69,6 +69,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def resumed(name: str, header: dict[str, Any]) -> dict[str, Any]:
+    """The recorded runs, if they were made with the same settings and checkpoint; a new record if there is none."""
+    content = load(name)
+    differing = [key for key, value in header.items() if content and content.get(key) != value]
+    if differing:
+        raise SystemExit(f"{RESULTS / name} was recorded with another {', '.join(differing)}. Move it away to start anew.")
+    return content or {**header, "runs": {}}
+
+
 def brief(row: dict[str, Any]) -> dict[str, Any]:
     kept = {key: row[key] for key in ("method", "id", "ood", "zero_shot", "rsa", "distortion", "training_seconds", "peak_memory_mb")}
     return kept | {"weight": row.get("weight"), "final": {key: values[-1] for key, values in row.get("training", {}).items()}}
@@ -77,7 +86,7 @@ def brief(row: dict[str, Any]) -> dict[str, Any]:
 def tune() -> None:
     """FLYP at each learning rate; DiVE and its control at each weight, at each learning rate."""
     name = "quickstart_tuning.json"
-    content = load(name) or {"seed": TUNING_SEED, "steps": STEPS, **machine(), "runs": {}}
+    content = resumed(name, {"seed": TUNING_SEED, "steps": STEPS, **machine()})
     pool, accelerator = Pool(tuning_experiment()), Accelerator(cpu=True)
     todo = [("base", 0.0, 0.0)] + [("flyp", rate, 0.0) for rate in LEARNING_RATES]
     todo += [(method, rate, weight) for rate in LEARNING_RATES for weight in WEIGHTS for method in ("flyp+dive", "flyp+control")]
@@ -105,7 +114,7 @@ def tune() -> None:
 def seeds() -> None:
     """The quickstart's own runs, seed by seed."""
     name = "quickstart_seeds.json"
-    content = load(name) or {"steps": STEPS, "learning_rate": LEARNING_RATE, "weight": Options().weight, **machine(), "runs": {}}
+    content = resumed(name, {"steps": STEPS, "learning_rate": LEARNING_RATE, "weight": Options().weight, **machine()})
     pool, accelerator = Pool(openmoji_experiment()), Accelerator(cpu=True)
     content["concepts"] = {"target": list(pool.experiment.target.codes), **{k: list(d.codes) for k, d in pool.experiment.zero_shot.items()}}
     for seed in SEEDS:

@@ -176,7 +176,7 @@ class AverageVectorLoss(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Commit the pending statistics to the running mean; a batch with a non-finite value is skipped."""
+        """Commit the pending statistics to the running mean; if they are not finite, all since the last call are dropped."""
         self.mean = self._moved()
         self.pending_sum, self.pending_count = self.mean.new_zeros(()), self.mean.new_zeros(())
         self._forwards = 0

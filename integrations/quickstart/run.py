@@ -50,18 +50,25 @@ class Options:
 
 
 def quickstart(options: Options) -> dict[str, Any]:
-    """Run all methods; writes the three files at the end, together, and returns the content of ``results.json``.
+    """Fine-tune EmojiCLIP on OpenMoji's animals with and without DiVE, and show what it learned and what it forgot.
+
+    Writes results.json, table.md and quickstart.png when all runs are done, and returns the content of the first.
 
     Raises:
         ValueError: an option out of range.
         RuntimeError: absent device, damaged checkpoint.
         OSError: cache or output cannot be written.
     """
-    if options.steps < 1 or options.seed < 0:
-        raise ValueError(f"quickstart: expected steps >= 1 and seed >= 0, got {options.steps} and {options.seed}. Choose such numbers.")
+    if options.steps < 1 or not 0 <= options.seed < 2**32:
+        raise ValueError(
+            f"quickstart: expected steps >= 1 and 0 <= seed < 2**32, got {options.steps} and {options.seed}. Choose such numbers."
+        )
     check_weight("quickstart", "weight", options.weight)
     output = _writable(Path(options.output))
-    accelerator = Accelerator(cpu=_device(options.device).type == "cpu", mixed_precision="no")
+    device = _device(options.device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    if accelerator.device.type != device.type:
+        raise RuntimeError(f'quickstart: expected to run on {device}, got {accelerator.device} from accelerate. Use "auto" or "cpu".')
     load_model()  # damaged files are found before minutes are spent
     pool = Pool(openmoji_experiment(progress=True))
     settings = Settings(steps=options.steps, learning_rate=LEARNING_RATE, warmup_steps=max(1, round(WARMUP_SHARE * options.steps)))
@@ -100,10 +107,12 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"no {device.type} support")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise RuntimeError(f'quickstart: expected an available device, got "{name}". Use "cpu" or "auto".') from error
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
 

@@ -135,7 +135,10 @@ def finetune(
                 regularizer.step()
         if on_step is not None:
             on_step(entry)
-    return unwrap(wrapped).eval()
+    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    optimizer.zero_grad()
+    accelerator.free_memory()  # accelerate keeps every model and optimizer it prepared
+    return model.eval()
 
 
 def _moved(batch: Batch, device: Any) -> Batch:

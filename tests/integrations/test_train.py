@@ -88,10 +88,13 @@ def test_schedule():
 
 def test_clip_norm_limits_the_gradient():
     student = model()
-    settings = Settings(steps=1, learning_rate=1e-3, warmup_steps=1, clip_norm=1e-4)
-    finetune(student, batches(1), settings, accelerator=Accelerator(cpu=True))
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in student.parameters()]))
-    assert norm.item() == pytest.approx(1e-4, rel=1e-3)
+    settings, norms = Settings(steps=1, learning_rate=1e-3, warmup_steps=1, clip_norm=1e-4), []
+
+    def measure(entry):
+        norms.append(torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in student.parameters()])).item())
+
+    finetune(student, batches(1), settings, accelerator=Accelerator(cpu=True), on_step=measure)
+    assert norms[-1] == pytest.approx(1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("given", [("regularizer",), ("reference", "teacher"), ("regularizer", "reference")])
@@ -109,3 +112,12 @@ def test_diverged_loss_stops_before_the_weights_are_spoilt():
     with pytest.raises(RuntimeError, match=r"^finetune: expected a finite loss"):
         finetune(student, iter([(images * math.nan, texts)]), SETTINGS, accelerator=Accelerator(cpu=True))
     torch.testing.assert_close(student.state_dict(), before)
+
+
+def test_nothing_of_a_run_stays_behind():
+    """Runs one after the other on one Accelerator: no model, optimizer or gradient is kept, and no patched forward."""
+    accelerator, student = Accelerator(cpu=True), model()
+    result = finetune(student, batches(1), SETTINGS, accelerator=accelerator)
+    assert accelerator._models == accelerator._optimizers == []
+    assert all(p.grad is None for p in result.parameters())
+    assert "forward" not in vars(result)
