@@ -18,42 +18,56 @@ def _mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def _columns(row: dict[str, Any]) -> dict[str, float | None]:
+def _blocks(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Columns of the tables, by table."""
+    distortion = row["distortion"]
     return {
-        "ID": row["id"],
-        **{f"OOD {name}": value for name, value in row["ood"].items()},
-        "OOD average": _mean(row["ood"]),
-        **{f"zero-shot {name}": value for name, value in row["zero_shot"].items()},
-        "zero-shot average": _mean(row["zero_shot"]),
-        **{f"RSA {name}": value for name, value in row["rsa"].items()},
-        "RSA bound (proved)": row["distortion"]["aligned_rsa_bound"],
-        "distance change": row["distortion"]["distance_change"],
-        "distance change at most": row["distortion"]["distance_bound"],
-        "seconds of training": row["training_seconds"],
-        "peak memory, MB": row["peak_memory_mb"],
+        "Target, %": {"ID": row["id"], **{f"OOD {name}": value for name, value in row["ood"].items()}, "OOD average": _mean(row["ood"])},
+        "Zero-shot, %": {**row["zero_shot"], "average": _mean(row["zero_shot"])},
+        "Geometry of the zero-shot pairs against the base model, and cost": {
+            **{f"RSA {name}": value for name, value in row["rsa"].items()},
+            "RSA at least": distortion["aligned_rsa_bound"],
+            "distance change": distortion["distance_change"],
+            "at most": distortion["distance_bound"],
+            "seconds of training": row["training_seconds"],
+            "peak memory, MB": row["peak_memory_mb"],
+        },
     }
 
 
+def _cell(title: str, key: str, value: float | None, base: float | None) -> str:
+    if value is None:
+        return "–"
+    if title.endswith("%"):
+        return f"{value:.1f}" if base is None else f"{value:.1f} ({value - base:+.1f})"
+    return f"{value:.0f}" if key in ("seconds of training", "peak memory, MB") else f"{value:.3f}"
+
+
+def _markdown(title: str, header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per measurement, one column per run, changes of accuracies against the base in brackets."""
-    columns = [_columns(row) for row in rows]
+    """Markdown tables whose rows are the runs; changes of accuracies against the base model (the first row) in brackets."""
+    blocks = [_blocks(row) for row in rows]
     names = [LABELS.get(row["method"], row["method"]) for row in rows]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(rows) + 1) + "|"]
-    for key in columns[0]:
-        cells = []
-        for column in columns:
-            value, reference = column[key], columns[0][key]
-            if value is None or reference is None:
-                cells.append("–")
-            elif key.startswith(("ID", "OOD", "zero-shot")):
-                change = "" if column is columns[0] else f" ({value - reference:+.1f})"
-                cells.append(f"{value:.1f}{change}")
-            elif key.startswith(("RSA", "distance")):
-                cells.append(f"{value:.3f}")
-            else:
-                cells.append(f"{value:.0f}")
-        lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    parts = []
+    for title, first in blocks[0].items():
+        lines = [
+            [name, *(_cell(title, key, block[title][key], None if block is blocks[0] else first[key]) for key in first)]
+            for name, block in zip(names, blocks, strict=True)
+        ]
+        parts.append(_markdown(title, ["", *first], lines))
+    sweep = [
+        [name, f"{point['alpha']:g}", *(f"{point[key]:.1f}" for key in ("id", "ood", "zero_shot"))]
+        for name, row in zip(names, rows, strict=True)
+        for point in row.get("wise", ())
+    ]
+    if sweep:
+        header = ["", "alpha", "ID", "OOD average", "zero-shot average"]
+        parts.append(_markdown("Weight ensembles with the base model (WiSE-FT), %", header, sweep))
+    return "\n".join(parts)
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:

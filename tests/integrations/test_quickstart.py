@@ -96,10 +96,13 @@ def test_table_marks_changes_against_the_base():
         "distortion": {"aligned_rsa_bound": 1.0, "distance_change": 0.0, "distance_bound": 0.0},
         "training_seconds": 1.0, "peak_memory_mb": None,
     }  # fmt: skip
-    text = table([row, {**row, "method": "flyp", "id": 85.0, "zero_shot": {"food": 44.5}}])
-    assert "| ID | 40.0 | 85.0 (+45.0) |" in text
-    assert "| zero-shot food | 50.0 | 44.5 (-5.5) |" in text
-    assert "| peak memory, MB | – | – |" in text
+    wise = [{"alpha": 0.5, "id": 70.0, "ood": 31.0, "zero_shot": 49.0}]
+    text = table([row, {**row, "method": "flyp", "id": 85.0, "zero_shot": {"food": 44.5}, "wise": wise}])
+    assert "| base model | 40.0 | 30.0 | 30.0 |" in text
+    assert "| FLYP | 85.0 (+45.0) | 30.0 (+0.0) | 30.0 (+0.0) |" in text
+    assert "| FLYP | 44.5 (-5.5) | 44.5 (-5.5) |" in text
+    assert "| base model | 1.000 | 1.000 | 0.000 | 0.000 | 1 | – |" in text
+    assert "| FLYP | 0.5 | 70.0 | 31.0 | 49.0 |" in text
 
 
 @pytest.mark.parametrize(
