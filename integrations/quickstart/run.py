@@ -27,7 +27,7 @@ from geomreg.integrations.recipes.train import Settings
 
 __all__ = ["Options", "quickstart"]
 
-LEARNING_RATE, WARMUP_SHARE = 2e-4, 0.1  # METHODS frozen by the recorded tuning grid, see benchmarks/emojishift
+LEARNING_RATE, WARMUP_SHARE = 2e-4, 0.1  # of a pilot; to be frozen by benchmarks/emojishift/quickstart.py tune
 
 
 @dataclass(frozen=True)
