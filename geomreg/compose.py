@@ -57,5 +57,11 @@ class WeightedSum(nn.Module):
         for regularizer in self.regularizers.values():
             regularizer.step()  # type: ignore[operator]
 
+    def discard(self) -> None:
+        """Drop what the terms collected since the last step; instead of :meth:`step` after a skipped optimizer step."""
+        for regularizer in self.regularizers.values():
+            if hasattr(regularizer, "discard"):
+                regularizer.discard()  # type: ignore[operator]
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())

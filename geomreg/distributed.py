@@ -6,10 +6,11 @@ reduced over all ranks before they are committed, so they are identical everywhe
 carry no gradient.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_sum", "world_size"]
+__all__ = ["all_reduce_max", "all_reduce_sum", "world_size"]
 
 
 def world_size() -> int:
@@ -24,3 +25,12 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """Largest ``value`` of all processes; waits for the device."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())

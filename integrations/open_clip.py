@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.coca_model import CoCa
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +24,7 @@ def embed(model: nn.Module, images: Tensor | None = None, texts: Tensor | None =
     Args:
         model: open_clip ``CLIP``, ``CustomTextCLIP`` or ``CoCa``; its output may be a dict or a tuple. With
             ``normalize=True`` also a wrapper such as ``DistributedDataParallel``, through whose ``forward`` the call goes.
+            A tower without a projection (``timm_proj`` none) ends in whatever precision its last layer has under autocast.
         images: ``(B, 3, H, W)`` preprocessed images, or None.
         texts: ``(B', L)`` token ids, or None.
         normalize: unit embeddings; False gives the projections as they are (not for wrapped models, whose gradient
@@ -37,27 +39,32 @@ def embed(model: nn.Module, images: Tensor | None = None, texts: Tensor | None =
     """
     if images is None and texts is None:
         raise ValueError("embed: expected images or texts, got None for both. Pass at least one.")
-    with full_precision_tail(unwrap(model)):
+    plain = unwrap(model)
+    with full_precision_tail(plain):
         if normalize:
-            image, text = _features(model(images, texts))
+            if images is None and plain is model and isinstance(model, CoCa):  # its forward needs images
+                image, text = None, model.encode_text(texts)
+            else:
+                image, text = _features(model(images, texts))
             return Embeddings(*(None if x is None else F.normalize(_float(x), dim=-1) for x in (image, text)))
-        if unwrap(model) is not model:
+        if plain is not model:
             raise ValueError(
                 f"embed: expected a plain open_clip model for normalize=False, got {type(model).__name__}. "
                 "Use normalize=True, or pass the inner model outside of training."
             )
-        image = None if images is None else _float(model.encode_image(images))
-        text = None if texts is None else _float(model.encode_text(texts))
+        image = None if images is None else _float(model.encode_image(images, normalize=False))
+        text = None if texts is None else _float(model.encode_text(texts, normalize=False))
         return Embeddings(image, text)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    """The open_clip model inside DistributedDataParallel and torch.compile wrappers."""
+    while not hasattr(type(model), "encode_image"):  # the class: compiled wrappers pass attribute look-ups on
+        inner = model._modules.get("_orig_mod") or model._modules.get("module")
         if not isinstance(inner, nn.Module):
-            return model
+            break
         model = inner
+    return model
 
 
 def _float(value: Tensor) -> Tensor:
@@ -81,37 +88,50 @@ def full_precision_tail(model: nn.Module) -> Iterator[None]:
 
 
 def _projections(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where open_clip keeps its last projections: parameters of a ViT or text tower, linear layers of other towers."""
+    """Where open_clip keeps its last projections: (module, name of its weight)."""
     found: list[tuple[nn.Module, str]] = []
     for tower in (getattr(model, "visual", None), getattr(model, "text", None), model):
-        if not isinstance(tower, nn.Module):
-            continue
-        for name in ("proj", "text_projection"):
-            value = getattr(tower, name, None)
+        for path in _PROJECTIONS:
+            owner, _, name = path.rpartition(".")
+            holder: Any = tower
+            for part in filter(None, owner.split(".")):
+                holder = getattr(holder, part, None)
+            value = getattr(holder, name, None)
+            if isinstance(value, nn.Sequential) and len(value):  # an MLP as projection
+                value = value[-1]
             if isinstance(value, nn.Parameter):
-                found.append((tower, name))
+                found.append((holder, name))
             elif isinstance(value, nn.Linear):
                 found.append((value, "weight"))
-        head = getattr(getattr(tower, "head", None), "proj", None)
-        if isinstance(head, nn.Linear):
-            found.append((head, "weight"))
     return found
 
 
+# relative to a tower: ViT and text towers; timm towers by linear, mlp or attention-pool head; ModifiedResNet
+_PROJECTIONS = ("proj", "text_projection", "head.proj", "head.mlp.fc2", "head.pool.proj", "attnpool.c_proj")
+
+
 class _FullPrecisionProducts(TorchFunctionMode):
-    """Runs ``x @ W`` and ``linear(x, W, b)`` in fp32 where W is one of the given parameters.
+    """Runs ``x @ W``, ``linear(x, W, b)`` and attention with output projection W (the pooling of
+    ModifiedResNet) in fp32 where W is one of the given parameters.
 
     Parameters are looked up by name at each product, so that sharded models, which swap them, work too.
     """
 
-    _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.linear)
+    _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.linear, F.multi_head_attention_forward)
 
     def __init__(self, owners: list[tuple[nn.Module, str]]) -> None:
         super().__init__()
         self.owners = owners
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._PRODUCTS and len(args) > 1 and any(args[1] is getattr(owner, name) for owner, name in self.owners):
-            with torch.autocast(args[0].device.type, enabled=False):
-                return func(*(_float(x) if isinstance(x, Tensor) else x for x in args), **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self._PRODUCTS:
+            values = (*args, *kwargs.values())
+            if any(value is getattr(owner, name) for value in values for owner, name in self.owners):
+                with torch.autocast(next(x for x in values if isinstance(x, Tensor)).device.type, enabled=False):
+                    return func(*map(_float_if_tensor, args), **{key: _float_if_tensor(value) for key, value in kwargs.items()})
+        return func(*args, **kwargs)
+
+
+def _float_if_tensor(value: Any) -> Any:
+    return _float(value) if isinstance(value, Tensor) and value.is_floating_point() else value

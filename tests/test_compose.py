@@ -90,6 +90,15 @@ def test_same_options_are_independent_instances():
     assert not keep.regularizers["two"].mean.any()
 
 
+def test_discard_reaches_every_term_that_collects():
+    keep = WeightedSum(one=(1.0, AverageVectorLoss(decay=0.0)), two=(1.0, FeatureDistillation()), three=(1.0, DiVE(decay=0.0)))
+    keep(*random_pair())
+    keep.discard()
+    keep.step()
+    assert not keep.regularizers["one"].mean.any()
+    assert not keep.regularizers["three"].mean.any()
+
+
 def test_repr_shows_the_weights():
     assert "avl: 3" in repr(example())
 

@@ -81,6 +81,29 @@ def uneven(build, rank, spoiled=False):
     return regularizer.mean
 
 
+def absent(build, rank, committed):
+    """The mean after a step in which rank 1 had no batch, first of all or after a commit."""
+    regularizer = build(normalize=False, update="after")
+    if committed:
+        regularizer(*random_pair(seed=rank))
+        regularizer.step()
+    if rank == 0:
+        regularizer(*random_pair(seed=7))
+    regularizer.step()
+    return regularizer.mean
+
+
+def refused(build, rank):
+    """What step() says on rank 1, without a batch, where the mean moves before the loss."""
+    regularizer = build(normalize=False, update="before")
+    if rank == 0:
+        return ""
+    try:
+        regularizer.step()
+    except RuntimeError as error:
+        return str(error)
+
+
 def work(rank, folder):
     """What each process does; the results go to a file."""
     torch.set_num_threads(1)
@@ -90,6 +113,9 @@ def work(rank, folder):
         result = {name: trained(build, [rank], DistributedDataParallel) for name, build in TERMS.items()}
         result["uneven"] = {name: uneven(partial(TERMS[name], decay=0.0), rank) for name in STATEFUL}
         result["spoiled"] = {name: uneven(TERMS[name], rank, spoiled=True) for name in STATEFUL}
+        owners = {"average_vector": AverageVectorLoss, "dive": DiVE}
+        result["absent"] = {(n, c): absent(partial(o, decay=0.0), rank, c) for n, o in owners.items() for c in (False, True)}
+        result["refused"] = refused(AverageVectorLoss, rank)
         torch.save(result, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -144,6 +170,18 @@ def test_batch_spoiled_on_one_rank_is_skipped_on_both(results, name):
     ranks = [result["spoiled"][name] for result in results]
     assert torch.equal(*ranks)
     close(ranks[0], 0.5 * results[0]["uneven"][name], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["average_vector", "dive"])
+@pytest.mark.parametrize("committed", [False, True])
+def test_rank_without_a_batch_takes_the_others_mean(results, name, committed):
+    ranks = [result["absent"][name, committed] for result in results]
+    assert torch.equal(*ranks)
+    close(ranks[0], batch_mean(*random_pair(seed=7)), 1e-6)
+
+
+def test_before_refuses_a_rank_without_a_batch(results):
+    assert results[1]["refused"].startswith("AverageVectorLoss: expected a training forward on every process")
 
 
 def test_different_data_matters():

@@ -20,8 +20,8 @@ class DistortionBound(NamedTuple):
         distance_change: root-mean-square change of the distance over pairs of distinct samples.
         distance_bound: bound on it from the dispersion of the difference vectors.
         rsa: measured Pearson RSA of Euclidean distances.
-        rsa_bound: lower bound on it from the same dispersion; 0 where it says nothing.
-        aligned_rsa_bound: the sharper lower bound after the best rotation and scale; 0 where it says nothing.
+        rsa_bound: lower bound on it from the same dispersion; -1 where it says nothing.
+        aligned_rsa_bound: the sharper lower bound after the best rotation and scale; -1 where it says nothing.
         dispersion: V, mean squared distance of the difference vectors to their mean.
         aligned_dispersion: V*, the same after the best rotation and scale of the student (Procrustes), at most V.
     """
@@ -84,7 +84,8 @@ def distortion_bound(student: Tensor, teacher: Tensor) -> DistortionBound:
     variance = before.var(correction=0)
 
     def lower_bound(value: Tensor) -> Tensor:
-        return (1 - 2 * value * samples / (samples - 1) / variance).clamp(min=0).sqrt()
+        square = 1 - 2 * value * samples / (samples - 1) / variance
+        return torch.where(square >= 0, square.clamp(min=0).sqrt(), -1.0)  # vacuous: RSA may be negative
 
     return DistortionBound(
         distance_change=(after - before).square().mean().sqrt(),

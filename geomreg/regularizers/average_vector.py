@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option, check_width
-from geomreg.distributed import all_reduce_sum, world_size
+from geomreg.distributed import all_reduce_max, all_reduce_sum, world_size
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.types import Embeddings
 
@@ -132,16 +132,18 @@ class AverageVectorLoss(nn.Module):
     def _checked(self, student: Embeddings, teacher: Embeddings | None) -> tuple[Embeddings, Embeddings]:
         """Everything that can be refused is refused here, before statistics are collected; embeddings scaled to unit norm."""
         teacher = check_embeddings(self._name, student, teacher)
-        check_mean(self._name, self.mean, check_width(self._name, student))
+        width = check_width(self._name, student)
+        for known in (self.mean, self.pending_sum):
+            check_mean(self._name, known, width)
         return (unit(student), unit(teacher)) if self.normalize else (student, teacher)
 
     @torch.no_grad()
     def _collect(self, student: Embeddings, teacher: Embeddings) -> Tensor:
         """Add this batch to the pending statistics; returns the mean that the loss uses."""
-        if self.update == "before" and self._forwards:
+        if self.update == "before" and self.pending_sum.ndim:  # not _forwards: torch.compile sees this too
             raise RuntimeError(
                 f'{self._name}: expected step() between two training forwards with update="before", got a second forward. '
-                'Call step() after each optimizer step, or use update="after" with gradient accumulation.'
+                'Call step() after each optimizer step (discard() after a skipped one), or use update="after" with accumulation.'
             )
         for one, other in zip(student, teacher, strict=True):
             if one is None or other is None:
@@ -156,28 +158,40 @@ class AverageVectorLoss(nn.Module):
                 warnings.warn(
                     f"{self._name}: {_FORGOTTEN} training forwards without step(); the running mean stands still. "
                     "Call step() after each optimizer step.",
-                    stacklevel=3,
+                    stacklevel=6,  # past no_grad, forward() and two frames of nn.Module to the caller
                 )
         return self._moved() if self.update == "before" else self.mean
 
     def _moved(self) -> Tensor:
         """The mean after the pending statistics of all processes; as it is where these are empty or not finite."""
-        if self.pending_sum.ndim == 0:  # nothing pending on this process
-            if world_size() > 1:
-                raise RuntimeError(
-                    f"{self._name}: expected a training forward on every process before step(), got none on this one. "
-                    "Give every process a batch."
-                )
+        if self.update == "before" and self.pending_sum.ndim == 0 and world_size() > 1:  # the others reduced in their forward
+            raise RuntimeError(
+                f'{self._name}: expected a training forward on every process with update="before", got none on this one. '
+                'Give every process a batch, or use update="after".'
+            )
+        known = self.mean if self.mean.ndim else self.pending_sum
+        width = known.numel() if known.ndim else 0
+        if self.mean.ndim == 0:  # first commit: a process without a forward learns the width from the others
+            width = all_reduce_max(width, self.mean.device)
+        if width == 0:
             return self.mean
-        statistics = all_reduce_sum(torch.cat([self.pending_sum, self.pending_count[None]]))
+        pending = self.pending_sum if self.pending_sum.ndim else self.mean.new_zeros(width)
+        statistics = all_reduce_sum(torch.cat([pending, self.pending_count[None]]))
         batch_mean = statistics[:-1] / statistics[-1]
         moved = self.decay * self.mean + (1 - self.decay) * batch_mean
         return torch.where(batch_mean.isfinite().all(), moved, self.mean)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Commit the pending statistics to the running mean; if they are not finite, all since the last call are dropped."""
+        """Commit the pending statistics to the running mean; if they are not finite, all since the last call are dropped.
+
+        Collective: with several processes every one calls it, with or without a forward before.
+        """
         self.mean = self._moved()
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the pending statistics: instead of :meth:`step` after an optimizer step that was skipped."""
         self.pending_sum, self.pending_count = self.mean.new_zeros(()), self.mean.new_zeros(())
         self._forwards = 0
 
@@ -194,8 +208,7 @@ class AverageVectorLoss(nn.Module):
         saved = state_dict.get(prefix + "mean")
         if isinstance(saved, Tensor) and saved.ndim <= 1:  # 0-d before the first commit, (D,) after it
             self.mean = torch.zeros(saved.shape, device=self.mean.device)
-            self.pending_sum, self.pending_count = self.mean.new_zeros(()), self.mean.new_zeros(())
-            self._forwards = 0
+            self.discard()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self.mean = self.mean.float()  # assign=True takes the tensor as it was saved
 

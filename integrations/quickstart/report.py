@@ -36,7 +36,7 @@ def _blocks(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _cell(title: str, key: str, value: float | None, base: float | None) -> str:
-    if value is None:
+    if value is None or (key == "RSA at least" and value < 0):  # not measured; the bound says nothing
         return "–"
     if title.endswith("%"):
         return f"{value:.1f}" if base is None else f"{value:.1f} ({value - base:+.1f})"

@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,13 +134,30 @@ def _writable(folder: Path) -> Path:
 
 
 def _publish(output: Path, results: dict[str, Any], text: str) -> None:
-    """Write everything beside the target, then rename file by file: an interrupted run leaves whole files."""
+    """Write everything beside the target, then rename file by file; Ctrl-C waits until all three are of one run."""
     temporary = Path(tempfile.mkdtemp(dir=output, prefix=".partial-"))
     try:
         (temporary / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (temporary / "table.md").write_text(text, encoding="utf-8")
         picture(results["rows"], temporary / "quickstart.png")
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, output / path.name)
+        with _interrupts_wait():
+            for path in sorted(temporary.iterdir()):
+                os.replace(path, output / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Within, Ctrl-C is noted; it takes effect at the end."""
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C goes to the main thread, and only it may set handlers
+        yield
+        return
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted:
+        raise KeyboardInterrupt

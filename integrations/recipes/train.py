@@ -86,14 +86,20 @@ def finetune(
         on_step: called after each step with ``step``, ``loss``, ``regularizer`` (weighted) and one entry per term.
 
     Raises:
-        ValueError: some of ``regularizer``, ``reference`` and ``teacher`` without the others.
-        RuntimeError: the loss is not finite; the model is left as it was before that step.
+        ValueError: some of ``regularizer``, ``reference`` and ``teacher`` without the others; gradient accumulation, which
+            would change the contrastive loss.
+        RuntimeError: the loss is not finite on some process; the model is left as it was before that step.
     """
     given = {"regularizer": regularizer, "reference": reference, "teacher": teacher}
     if len({value is None for value in given.values()}) > 1:
         lacking = ", ".join(name for name, value in given.items() if value is None)
         raise ValueError(f"finetune: expected regularizer, reference and teacher together, got None for {lacking}. Pass all three or none.")
     accelerator = accelerator or Accelerator()
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"finetune: expected gradient_accumulation_steps=1, got {accelerator.gradient_accumulation_steps}. The contrastive loss "
+            "needs its whole batch at once; lower the batch size instead."
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -121,7 +127,8 @@ def finetune(
         loss = loss_fn(embeddings, unwrap(wrapped).logit_scale.exp())
         accelerator.backward(loss)
         entry |= {"loss": loss.item(), "regularizer": value.item()}
-        if not math.isfinite(entry["loss"] + entry["regularizer"]):
+        finite = torch.isfinite(loss.detach() + value).float()
+        if accelerator.reduce(finite, reduction="sum").item() < accelerator.num_processes:  # all stop, or none
             raise RuntimeError(
                 f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. "
                 "Lower the learning rate or the weight."
@@ -133,6 +140,8 @@ def finetune(
             schedule.step()
             if regularizer is not None:
                 regularizer.step()
+        elif regularizer is not None:
+            regularizer.discard()
         if on_step is not None:
             on_step(entry)
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)

@@ -4,54 +4,97 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.coca_model import CoCa
 
 from geomreg import Embeddings
 from geomreg.functional import average_vector_loss
-from geomreg.integrations.open_clip import embed
+from geomreg.integrations.open_clip import embed, unwrap
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
 TIMM = {"image_size": 32, "timm_model_name": "convnext_zepto_rms", "timm_pool": "avg", "timm_proj": "linear"}
 
 
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+VISION = {
+    "vit": VIT,
+    "custom": VIT,
+    "timm": TIMM,
+    "timm-mlp": TIMM | {"timm_proj": "mlp"},
+    "timm-attention": TIMM | {"timm_pool": "rot_attn", "timm_proj": None},
+    "resnet": RESNET,
+    "coca": VIT,
+}
+COCA = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+
+
 def build(kind: str, **more) -> torch.nn.Module:
     torch.manual_seed(0)
-    if kind == "custom":
-        return open_clip.CustomTextCLIP(embed_dim=24, vision_cfg=VIT, text_cfg=TEXT, **more).eval()
-    return open_clip.CLIP(embed_dim=24, vision_cfg=VIT if kind == "vit" else TIMM, text_cfg=TEXT, **more).eval()
+    if kind == "coca":
+        vision = VIT | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        return CoCa(embed_dim=32, vision_cfg=vision, text_cfg=TEXT | {"embed_cls": True, "output_tokens": True}, multimodal_cfg=COCA).eval()
+    build = open_clip.CustomTextCLIP if kind == "custom" else open_clip.CLIP
+    return build(embed_dim=24, vision_cfg=VISION[kind], text_cfg=TEXT, **more).eval()
 
 
 def inputs(kind: str, batch: int = 3):
     generator = torch.Generator().manual_seed(1)
-    size = TIMM["image_size"] if kind == "timm" else VIT["image_size"]
+    size = VISION[kind]["image_size"]
     return torch.randn(batch, 3, size, size, generator=generator), torch.randint(1, 63, (batch, 8), generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["vit", "timm", "custom"])
+@pytest.mark.parametrize("kind", VISION)
 @pytest.mark.parametrize("output_dict", [False, True])
 def test_embed_equals_open_clip(kind, output_dict):
     model, (images, texts) = build(kind, output_dict=output_dict), inputs(kind)
     raw = embed(model, images, texts, normalize=False)
-    torch.testing.assert_close(raw.image, model.encode_image(images))
-    torch.testing.assert_close(raw.text, model.encode_text(texts))
+    torch.testing.assert_close(raw.image, model.encode_image(images, normalize=False))
+    torch.testing.assert_close(raw.text, model.encode_text(texts, normalize=False))
+    assert not torch.allclose(raw.image.norm(dim=1), torch.ones(len(images)), atol=0.01)
     unit = embed(model, images, texts)
     torch.testing.assert_close(unit.image, F.normalize(raw.image, dim=-1))
     torch.testing.assert_close(unit.text, F.normalize(raw.text, dim=-1))
-    assert embed(model, images).text is None
-    assert embed(model, texts=texts).image is None
+    alone = embed(model, images)
+    assert alone.text is None
+    torch.testing.assert_close(alone.image, unit.image)
+    alone = embed(model, texts=texts)
+    assert alone.image is None
+    torch.testing.assert_close(alone.text, unit.text)
 
 
-@pytest.mark.parametrize("kind", ["vit", "timm", "custom"])
+@pytest.mark.parametrize("kind", VISION)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_tail_is_fp32_under_autocast(kind, normalize):
     model, (images, texts) = build(kind, output_dict=True), inputs(kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = embed(model, images, texts, normalize=normalize)
-        plain = model.encode_image(images)
+        plain = model.encode_image(images, normalize=False)
     assert plain.dtype == torch.bfloat16  # what the adapter is there to avoid
     for value in inside:
         assert value.dtype == torch.float32
         assert not torch.equal(value, value.bfloat16().float())  # not bf16 numbers in an fp32 tensor
+
+
+def test_tail_of_an_mlp_projection_of_the_text_tower():
+    """As open_clip's Hugging Face text towers have it."""
+    model, (_, texts) = build("custom", output_dict=True), inputs("custom")
+    model.text.text_projection = None
+    model.text.proj = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 24))
+    forward = model.text.forward
+    model.text.forward = lambda tokens: model.text.proj(forward(tokens))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        text = embed(model, texts=texts, normalize=False).text
+    assert not torch.equal(text, text.bfloat16().float())
+
+
+def test_compiled_and_nested_models_are_unwrapped():
+    model = build("vit")
+    model.module = torch.nn.Linear(1, 1)  # a user's own submodule of that name is no wrapper
+    assert unwrap(model) is model
+    assert unwrap(torch.compile(model, backend="eager")) is model
+    wrapper = torch.nn.Module()
+    wrapper.module = torch.compile(model, backend="eager")
+    assert unwrap(wrapper) is model
 
 
 @pytest.mark.parametrize("kind", ["vit", "timm", "custom"])

@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import open_clip
 import pytest
 import torch
+from accelerate import Accelerator
 
 from geomreg.integrations.quickstart import experiment, run
 from geomreg.integrations.quickstart.report import table
 from geomreg.integrations.recipes.cli import main
+from geomreg.integrations.recipes.train import Settings
 
 ROWS = ["base", "flyp", "flyp+dive", "flyp+control"]
 
@@ -38,10 +41,13 @@ def test_damaged_or_missing_checkpoint(tmp_path):
     folder = experiment.model_folder()
     for name in ("open_clip_config.json", "SHA256"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(RuntimeError, match=r"^quickstart: expected the checkpoint .* got no such file"):
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the checkpoint.s .* got no such file"):
         experiment.load_model(tmp_path)
     (tmp_path / "open_clip_model.safetensors").write_bytes((folder / "open_clip_model.safetensors").read_bytes()[:-1])
-    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint, got a damaged"):
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint, got a damaged .*\.safetensors"):
+        experiment.load_model(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint, got a damaged .*\.json"):
         experiment.load_model(tmp_path)
 
 
@@ -88,6 +94,37 @@ def test_tiny_run_writes_everything(tmp_path):
     assert flyp["training"]["loss"][0] == dive["training"]["loss"][0] == control["training"]["loss"][0]
     assert dive["training"]["regularizer"][0] < 1e-9  # rounding squared
     assert (tmp_path / "table.md").read_text().count("\n") > 15
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_result():
+    pool, accelerator = experiment.Pool(experiment.openmoji_experiment()), Accelerator(cpu=True)
+    settings = Settings(steps=2, learning_rate=1e-3, warmup_steps=1)
+    again = [
+        experiment.run_method("flyp+dive", pool, seed=seed, settings=settings, weight=1.0, accelerator=accelerator, alphas=(0.5,))
+        for seed in (3, 3, 4)
+    ]
+    timed = ("seconds", "training_seconds", "peak_memory_mb")
+    one, two, other = ({key: value for key, value in row.items() if key not in timed} for row in again)
+    assert one == two
+    assert one["training"] != other["training"]
+
+
+def test_interrupt_between_the_renames_leaves_files_of_one_run(tmp_path, monkeypatch):
+    rows, replace, done = [], os.replace, []
+
+    def interrupted(source, target):
+        replace(source, target)
+        done.append(target)
+        if len(done) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run, "picture", lambda rows, path: path.write_bytes(b"picture"))
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run._publish(tmp_path, {"rows": rows}, "table")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart.png", "results.json", "table.md"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_table_marks_changes_against_the_base():

@@ -114,6 +114,19 @@ def test_diverged_loss_stops_before_the_weights_are_spoilt():
     torch.testing.assert_close(student.state_dict(), before)
 
 
+def test_gradient_accumulation_is_refused():
+    with pytest.raises(ValueError, match=r"^finetune: expected gradient_accumulation_steps=1, got 2"):
+        finetune(model(), batches(1), SETTINGS, accelerator=Accelerator(cpu=True, gradient_accumulation_steps=2))
+
+
+def test_skipped_optimizer_step_leaves_the_mean(monkeypatch):
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
+    student, keep = model(), WeightedSum(dive=(7.0, DiVE(update="before")))  # which refuses a second forward
+    finetune(student, batches(1), SETTINGS, accelerator=Accelerator(cpu=True), regularizer=keep, reference=batches(2),
+             teacher=Teacher(student, encode))  # fmt: skip
+    assert not keep.regularizers["dive"].mean.any()
+
+
 def test_nothing_of_a_run_stays_behind():
     """Runs one after the other on one Accelerator: no model, optimizer or gradient is kept, and no patched forward."""
     accelerator, student = Accelerator(cpu=True), model()

@@ -437,6 +437,7 @@ def test_forgotten_step_warns_once(owner):
             regularizer(*pair)
     assert len(caught) == 1
     assert "step()" in str(caught[0].message)
+    assert caught[0].filename == __file__  # points to the caller
 
 
 @every_owner
@@ -462,6 +463,41 @@ def test_before_takes_one_forward_per_step(owner):
     regularizer(*random_pair())
     regularizer.step()
     assert torch.equal(regularizer.mean, ran(owner, [random_pair()] * 2, update="before").mean)
+
+
+@every_owner
+@every_update
+def test_discard_drops_what_is_pending(owner, update):
+    """After a skipped optimizer step; the next forward is as if the dropped one had not been."""
+    regularizer = ran(owner, [random_pair()], update=update)
+    regularizer(*random_pair(seed=1))
+    regularizer.discard()
+    regularizer(*random_pair(seed=2))
+    regularizer.step()
+    assert torch.equal(regularizer.mean, ran(owner, [random_pair(), random_pair(seed=2)], update=update).mean)
+
+
+@every_owner
+def test_step_without_a_forward_keeps_the_mean(owner):
+    regularizer = owner()
+    regularizer.step()
+    assert regularizer.mean.ndim == 0
+    regularizer = ran(owner, [random_pair()])
+    before = regularizer.mean.clone()
+    regularizer.step()
+    assert torch.equal(regularizer.mean, before)
+
+
+def test_before_takes_one_forward_per_step_when_compiled():
+    regularizer = AverageVectorLoss(update="before", normalize=False)
+    compiled = torch.compile(regularizer, backend="eager")
+    compiled(*random_pair())
+    with pytest.raises(RuntimeError, match=r"step\(\)"):
+        compiled(*random_pair())
+    regularizer.step()
+    compiled(*random_pair())
+    regularizer.step()
+    assert torch.equal(regularizer.mean, ran(AverageVectorLoss, [random_pair()] * 2, update="before").mean)
 
 
 def test_before_with_zero_decay_uses_this_batch():
@@ -515,3 +551,13 @@ def test_width_of_a_committed_mean_is_checked(owner):
     regularizer(*random_pair(width=8))  # the refused batch leaves nothing behind
     regularizer.step()
     near(regularizer.mean, 0.99 * before + 0.01 * batch_mean(*random_pair(width=8)).float())
+
+
+@every_owner
+def test_width_of_pending_statistics_is_checked(owner):
+    regularizer = owner(normalize=False, decay=0.0)
+    regularizer(*random_pair(width=8))
+    with pytest.raises(ValueError, match="mean of shape"):
+        regularizer(*random_pair(width=4))
+    regularizer.step()
+    near(regularizer.mean, batch_mean(*random_pair(width=8)).float())
