@@ -71,6 +71,15 @@ def augment(images: Tensor, line_art: Tensor, *, size: int, generator: Generator
     background = torch.where(kind < 0.4, torch.ones_like(background), background)
     x = color + (1 - alpha) * background
 
+    # random textures: a convolution of random weights, mixed with the picture (RandConv, arXiv 2007.13003)
+    textured = ~line_art & chance(0.15)
+    if textured.any():
+        flat = x[textured]
+        count = len(flat)
+        kernel = torch.randn(count * 3, 3, 3, 3, generator=generator) / math.sqrt(27)
+        random = F.conv2d((flat - 0.5).reshape(1, count * 3, size, size), kernel, padding=1, groups=count).view_as(flat) + 0.5
+        x[textured] = torch.lerp(flat, random, torch.rand(count, 1, 1, 1, generator=generator)).clamp(0, 1)
+
     # our own line art: local contrast of the picture as dark strokes on white
     sketch = ~line_art & chance(0.1)
     if sketch.any():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from artists import PRETRAINING, artist_drawings
+from pretrain import RESTYLED
 from torch import Tensor
 
 from geomreg.integrations.open_clip import embed
@@ -76,13 +77,13 @@ def card(m: dict[str, Any], record: dict[str, Any]) -> str:
         "# EmojiCLIP",
         "",
         "A small open_clip `CLIP`, trained from scratch by `benchmarks/emojishift/pretrain.py` on emoji drawings by "
-        f"{len(record['artists'])} sets ({', '.join(record['artists'])}) and our own line renderings of three of them. It exists to show, in "
+        f"{len(record['artists'])} sets ({', '.join(record['artists'])}) and our own outlined and line renderings of {len(RESTYLED)} of them. It exists to show, in "
         "minutes on a CPU, what fine-tuning does to a pre-trained embedding space; it is no use for photographs.",
         "",
         f"ConvNeXt (zepto) at 48 px, text transformer of 3 layers and width 128, embeddings of width {m['width']}, "
         f"{m['parameters'] / 1e6:.1f} M parameters (6.3 M of them the standard CLIP vocabulary, rows never trained are zero), fp16. "
         f"{record['drawings']} colour drawings of {record['concepts']} concepts, {settings['epochs']} epochs of batch {settings['batch']}, "
-        f"{record['curve'][-1]['seconds'] / 3600:.1f} h on one thread. Settings and curve: `pretrain.json`; these measurements: `card.json`.",
+        f"{record['seconds'] / 3600:.1f} h on {record['threads']} threads. Settings and curve: `pretrain.json`; these measurements: `card.json`.",
         "",
         "## Zero-shot accuracy, per cent",
         "One fixed view of each drawing, concepts of a group among themselves, two templates. "
