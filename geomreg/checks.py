@@ -3,8 +3,9 @@
 Every message reads ``<callable>: expected <what>, got <value>. <what to do>.``
 """
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,20 +13,38 @@ from torch import Tensor
 from geomreg.types import Embeddings
 
 __all__ = [
+    "check_anchors",
+    "check_bank",
+    "check_callable",
+    "check_choices",
+    "check_count",
     "check_embeddings",
     "check_finite",
     "check_fraction",
+    "check_inputs",
+    "check_labels",
+    "check_layers",
+    "check_map_pair",
+    "check_maps",
+    "check_mask",
+    "check_matrix",
     "check_mean",
     "check_modalities",
     "check_modality",
     "check_next",
+    "check_number",
+    "check_one_number",
     "check_option",
     "check_pair",
     "check_paired",
+    "check_paired_embeddings",
     "check_pairs_present",
+    "check_positive",
     "check_same_ids",
     "check_same_keys",
     "check_samples",
+    "check_scale",
+    "check_student",
     "check_weight",
     "check_width",
     "describe",
@@ -39,7 +58,8 @@ def describe(value: object) -> str:
     return "None" if value is None else f"{type(value).__name__}"
 
 
-def _check_matrix(name: str, label: str, value: object) -> Tensor:
+def check_matrix(name: str, label: str, value: object) -> Tensor:
+    """Embeddings: a floating-point tensor ``(B, D)`` with at least one row and column."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {label} embeddings as a tensor of shape (B, D), got {describe(value)}. Pass a tensor.")
     if value.ndim != 2 or 0 in value.shape:
@@ -52,14 +72,15 @@ def _check_matrix(name: str, label: str, value: object) -> Tensor:
     return value
 
 
-def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "") -> None:
+def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "", *, same_width: bool = True) -> None:
     """Student and teacher embeddings of the same samples: equal ``(B, D)``, one device, a constant teacher."""
     label = f"{modality} " if modality else ""
-    _check_matrix(name, f"{label}student", student)
-    _check_matrix(name, f"{label}teacher", teacher)
-    if student.shape != teacher.shape:
+    check_matrix(name, f"{label}student", student)
+    check_matrix(name, f"{label}teacher", teacher)
+    if len(student) != len(teacher) or (same_width and student.shape != teacher.shape):
+        what = "shape" if same_width else "number of rows"
         raise ValueError(
-            f"{name}: expected {label}student and teacher embeddings of one shape, got {tuple(student.shape)} and "
+            f"{name}: expected {label}student and teacher embeddings of one {what}, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Embed the same batch with both models."
         )
     if student.device != teacher.device:
@@ -83,6 +104,20 @@ def check_paired(name: str, image: Tensor, text: Tensor) -> None:
         )
 
 
+def check_paired_embeddings(name: str, image: Tensor, text: Tensor) -> None:
+    """Image and text embeddings of the same pairs by one model: floating-point ``(B, D)`` matrices of one shape."""
+    check_matrix(name, "image", image)
+    check_matrix(name, "text", text)
+    check_paired(name, image, text)
+
+
+def check_student(name: str, student: Embeddings) -> Embeddings:
+    """The argument is ``Embeddings``."""
+    if not isinstance(student, Embeddings):
+        raise TypeError(f"{name}: expected student as geomreg.Embeddings(image=, text=), got {describe(student)}. Wrap the tensors.")
+    return student
+
+
 def check_width(name: str, embeddings: Embeddings) -> int:
     """Width of the embeddings, the same for images and texts."""
     widths = [value.shape[1] for value in embeddings if value is not None]
@@ -91,6 +126,116 @@ def check_width(name: str, embeddings: Embeddings) -> int:
             f"{name}: expected image and text embeddings of one width, got {widths[0]} and {widths[1]}. Take both after the projection."
         )
     return widths[0]
+
+
+def check_bank(name: str, label: str, bank: Tensor | None, like: Tensor, *, constant: bool = False) -> Tensor:
+    """Embeddings ``(M, D)`` to compare those of a batch with: of its width, on its device."""
+    bank = check_matrix(name, label, bank)
+    if bank.shape[1] != like.shape[1] or bank.device != like.device:
+        raise ValueError(
+            f"{name}: expected {label} embeddings of width {like.shape[1]} on {like.device}, got {describe(bank)} on {bank.device}. "
+            "Embed them with the same model and move them."
+        )
+    if constant and bank.requires_grad:
+        raise ValueError(f"{name}: expected constant {label} embeddings, got some that require grad. Embed them under torch.no_grad().")
+    return bank
+
+
+def check_mask(name: str, label: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """None, or a boolean tensor of ``shape``."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape):
+        raise ValueError(f"{name}: expected {label} as a bool tensor of shape {shape}, got {describe(mask)}. Compare labels, say.")
+
+
+def check_anchors(name: str, label: str, values: Mapping[str, Tensor], anchors: Mapping[str, Tensor], *, constant: bool = True) -> None:
+    """At least one tensor; for each an anchor of its name and shape, without gradient if ``constant``."""
+    if not values:
+        raise ValueError(f"{name}: expected at least one parameter that requires grad, got none. Unfreeze some, or exclude fewer.")
+    check_same_keys(f"{name}, {label}", values, anchors)
+    for key, anchor in anchors.items():
+        if constant and anchor.requires_grad:
+            raise ValueError(f"{name}: expected constant {label}, got one that requires grad for {key!r}. Detach and clone them.")
+
+
+def check_callable(name: str, label: str, value: object, what: str) -> None:
+    """``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected {label} as a function {what}, got {describe(value)}. Pass a function.")
+
+
+def check_layers(name: str, layers: Sequence[str], known: Mapping[str, object]) -> Sequence[str]:
+    """At least one name of a layer, all known."""
+    unknown = [] if isinstance(layers, str) else [layer for layer in layers if layer not in known]
+    if isinstance(layers, str) or not layers or unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
+        hint = f"Did you mean {near[0]!r}?" if near else "See model.named_modules()."
+        raise ValueError(f"{name}: expected a list of names of the model's layers, got {unknown[0] if unknown else layers!r}. {hint}")
+    return layers
+
+
+def check_maps(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+    """Equally many feature maps, at least one, from student and teacher."""
+    for label, value in (("student", student), ("teacher", teacher)):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(one, Tensor) and one.is_floating_point() for one in value):
+            raise TypeError(f"{name}: expected {label} maps as a list of floating-point tensors, got {describe(value)}. Use FeatureMaps.")
+    if len(student) != len(teacher) or not student:
+        raise ValueError(f"{name}: expected as many maps from both models, got {len(student)} and {len(teacher)}. Name the same layers.")
+
+
+def check_map_pair(name: str, student: Tensor, teacher: Tensor, axis: int) -> None:
+    """Two feature maps of one shape and device that have ``axis``, the teacher's constant."""
+    if student.shape != teacher.shape or student.device != teacher.device:
+        raise ValueError(
+            f"{name}: expected maps of one shape and device from both models, got {describe(student)} on {student.device} and "
+            f"{describe(teacher)} on {teacher.device}. Use the same layers and batch."
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            f"{name}: expected teacher maps without gradient, got some that require grad. Run the teacher under torch.no_grad()."
+        )
+    if not -student.ndim <= axis < student.ndim:
+        raise ValueError(f"{name}: expected an axis of a map of shape {tuple(student.shape)}, got {axis}. Use -1 for channels.")
+
+
+def check_inputs(name: str, given: Mapping[str, object], needed: Sequence[str], optional: Sequence[str]) -> None:
+    """Named inputs: all that are needed, none that is unknown."""
+    known = (*needed, *optional)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Its terms take {', '.join(known) or 'none'}."
+            raise TypeError(f"{name}: expected inputs that a term takes, got {key}. {hint}")
+    missing = [key for key in needed if key not in given]
+    if missing:
+        raise TypeError(f"{name}: expected the inputs {', '.join(needed)}, got no {missing[0]}. Pass {missing[0]}=....")
+
+
+def check_labels(name: str, labels: Tensor | None, rows: int, *, matrix: bool = False) -> None:
+    """None, ``(B,)`` integers, or (if ``matrix``) ``(B, B)`` floating-point soft labels."""
+    if labels is None:
+        return
+    soft = isinstance(labels, Tensor) and matrix and labels.is_floating_point() and tuple(labels.shape) == (rows, rows)
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool and labels.shape == (rows,)
+    if not soft and not integers:
+        more = f" or floating-point soft labels of shape ({rows}, {rows})" if matrix else ""
+        raise ValueError(f"{name}: expected labels as integers of shape ({rows},){more}, got {describe(labels)}. One label a pair.")
+
+
+def check_one_number(name: str, label: str, value: float | Tensor) -> None:
+    """A finite number, or one floating-point number in a tensor (whose value nobody waits for)."""
+    if not isinstance(value, Tensor):
+        check_number(name, label, value)
+    elif value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"{name}: expected {label} as one floating-point number, got {describe(value)}. Pass a number or a 0-d tensor.")
+
+
+def check_scale(name: str, label: str, value: float | Tensor, *, constant: bool = False) -> None:
+    """An exponentiated logit scale: a positive number, or one number in a tensor; without gradient if ``constant``."""
+    check_one_number(name, label, value)
+    if not isinstance(value, Tensor):
+        check_positive(name, label, value)
+    elif constant and value.requires_grad:
+        raise ValueError(f"{name}: expected a constant {label}, got one that requires grad. Call .detach() on it.")
 
 
 def check_mean(name: str, mean: Tensor, width: int) -> None:
@@ -148,6 +293,16 @@ def check_modalities(name: str, modalities: tuple[str, ...] | None) -> tuple[str
     return tuple(modalities)
 
 
+def check_choices(name: str, option: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """A non-empty choice of different strings among ``allowed``, as a tuple."""
+    if isinstance(values, str) or not values or len(set(values)) != len(values) or not set(values) <= set(allowed):
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(
+            f"{name}: expected {option} as a tuple of different ones of {choices}, got {values!r}. Pass ({allowed[0]!r},), say."
+        )
+    return tuple(values)
+
+
 def check_option(name: str, option: str, value: object, allowed: tuple[object, ...]) -> None:
     """``value`` is one of ``allowed``."""
     if value not in allowed:
@@ -167,6 +322,24 @@ def check_weight(name: str, option: str, value: float) -> None:
         raise ValueError(f"{name}: expected {option} as a finite number >= 0, got {value!r}. Pass a plain number.")
 
 
+def check_positive(name: str, option: str, value: float) -> None:
+    """``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}: expected {option} as a finite number > 0, got {value!r}. Pass a plain number.")
+
+
+def check_count(name: str, option: str, value: int, minimum: int) -> None:
+    """``value`` is a whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: expected {option} as a whole number >= {minimum}, got {value!r}. Pass such a number.")
+
+
+def check_number(name: str, option: str, value: float) -> None:
+    """``value`` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected {option} as a finite number, got {value!r}. Pass a plain number.")
+
+
 def check_finite(name: str, label: str, value: Tensor) -> None:
     """No NaN or infinity: for metrics, caches and commands (losses let them propagate)."""
     if not bool(torch.isfinite(value).all()):
@@ -176,7 +349,7 @@ def check_finite(name: str, label: str, value: Tensor) -> None:
 def check_samples(name: str, student: Tensor, teacher: Tensor, *, minimum: int, same_width: bool = False) -> None:
     """Finite embeddings of the same samples by two models, at least ``minimum`` of them."""
     for label, value in (("student", student), ("teacher", teacher)):
-        _check_matrix(name, label, value)
+        check_matrix(name, label, value)
         check_finite(name, f"{label} embeddings", value)
     if len(student) != len(teacher) or (same_width and student.shape != teacher.shape):
         what = "embeddings of one shape" if same_width else "as many student as teacher embeddings"
@@ -196,7 +369,7 @@ def check_modality(name: str, embeddings: Embeddings, modality: str) -> Tensor:
     for field, value in zip(needed, values, strict=True):
         if value is None:
             raise ValueError(f'{name}: expected {field} embeddings for modality="{modality}", got None. Embed them or change modality.')
-        _check_matrix(name, field, value)
+        check_matrix(name, field, value)
     if modality == "stacked":
         check_paired(name, *values)
     return torch.cat(values)

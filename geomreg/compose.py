@@ -1,8 +1,13 @@
 """Several terms as one regularizer."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from geomreg.checks import check_weight, describe
+from geomreg.checks import check_inputs, check_weight, describe
+from geomreg.schedules import Schedule
 from geomreg.types import Embeddings, Terms
 
 __all__ = ["WeightedSum"]
@@ -11,22 +16,33 @@ __all__ = ["WeightedSum"]
 class WeightedSum(nn.Module):
     """Weighted sum of named regularizers; itself a regularizer. Use one per data source.
 
+    Inputs beyond student and teacher are given by name, ``keep(student, teacher, logit_scale=...)``, and each term gets those
+    that it takes.
+
     Args:
-        terms: ``name=(weight, regularizer)``; the weight is a finite number >= 0.
+        terms: ``name=(weight, regularizer)``; the weight is a finite number >= 0, or a schedule: a function of the step number
+            such as :class:`geomreg.schedules.Cosine`. The number of steps so far is part of ``state_dict``.
+
+    Attributes:
+        weights: name to the weight in force.
 
     Example:
         >>> from geomreg import AverageVectorLoss, PairwiseVectorLoss, WeightedSum
-        >>> keep = WeightedSum(avl=(1000.0, AverageVectorLoss()), pvl=(1000.0, PairwiseVectorLoss()))
-        >>> sorted(keep.weights)
-        ['avl', 'pvl']
+        >>> from geomreg.schedules import Linear
+        >>> keep = WeightedSum(avl=(1000.0, AverageVectorLoss()), pvl=(Linear(1000.0, 0.0, steps=100), PairwiseVectorLoss()))
+        >>> keep.step()
+        >>> keep.weights
+        {'avl': 1000.0, 'pvl': 990.0}
     """
 
-    def __init__(self, **terms: tuple[float, nn.Module]) -> None:
+    def __init__(self, **terms: tuple[float | Schedule, nn.Module]) -> None:
         super().__init__()
         if not terms:
             raise ValueError("WeightedSum: expected at least one name=(weight, regularizer), got none. Add a term.")
         self.weights: dict[str, float] = {}
+        self.schedules: dict[str, Schedule] = {}
         self.regularizers = nn.ModuleDict()
+        self._steps = 0
         for name, entry in terms.items():
             if not name.isidentifier() or hasattr(self.regularizers, name):
                 raise ValueError(
@@ -35,27 +51,55 @@ class WeightedSum(nn.Module):
             if not isinstance(entry, tuple) or len(entry) != 2:
                 raise TypeError(f"WeightedSum: expected {name}=(weight, regularizer), got {describe(entry)}. Write {name}=(1.0, term).")
             weight, regularizer = entry
-            check_weight("WeightedSum", f"the weight of {name}", weight)
+            if callable(weight) and not isinstance(weight, Tensor):
+                self.schedules[name] = weight
+            else:
+                check_weight("WeightedSum", f"the weight of {name}", weight)
+                self.weights[name] = float(weight)
             if not isinstance(regularizer, nn.Module) or not hasattr(regularizer, "step"):
                 raise TypeError(
                     f"WeightedSum: expected {name} as an nn.Module with step(), got {describe(regularizer)}. Use a geomreg term."
                 )
-            self.weights[name] = float(weight)
             self.regularizers[name] = regularizer
+        self._schedule()
 
-    def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
-        return self.terms(student, teacher).total
+    def _schedule(self) -> None:
+        """Weights of the present step; in the order of the terms."""
+        for name, schedule in self.schedules.items():
+            value = schedule(self._steps)
+            check_weight("WeightedSum", f"the weight of {name} at step {self._steps}", value)
+            self.weights[name] = float(value)
+        self.weights = {name: self.weights[name] for name in self.regularizers}
 
-    def terms(self, student: Embeddings, teacher: Embeddings | None) -> Terms:
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names that some term needs."""
+        return _union(_takes(term)[0] for term in self.regularizers.values())
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        """Further names that some term takes."""
+        return tuple(name for name in _union(_takes(term)[1] for term in self.regularizers.values()) if name not in self.inputs)
+
+    def forward(self, student: Embeddings, teacher: Embeddings | None = None, **inputs: Any) -> Tensor:
+        return self.terms(student, teacher, **inputs).total
+
+    def terms(self, student: Embeddings, teacher: Embeddings | None = None, **inputs: Any) -> Terms:
         """The total with graph, and each term's detached, unweighted value."""
-        values = {name: regularizer(student, teacher) for name, regularizer in self.regularizers.items()}
+        check_inputs("WeightedSum", inputs, self.inputs, self.optional_inputs)
+        values = {}
+        for name, regularizer in self.regularizers.items():
+            needed, optional = _takes(regularizer)
+            values[name] = regularizer(student, teacher, **{key: inputs[key] for key in (*needed, *optional) if key in inputs})
         total: Tensor = sum(self.weights[name] * value for name, value in values.items())
         return Terms(total, {name: value.detach() for name, value in values.items()})
 
     def step(self) -> None:
-        """Commit the state of every term; once after each optimizer step that was not skipped."""
+        """Commit the state of every term and move the schedules; once after each optimizer step that was not skipped."""
         for regularizer in self.regularizers.values():
             regularizer.step()  # type: ignore[operator]
+        self._steps += 1
+        self._schedule()
 
     def discard(self) -> None:
         """Drop what the terms collected since the last step; instead of :meth:`step` after a skipped optimizer step."""
@@ -63,5 +107,21 @@ class WeightedSum(nn.Module):
             if hasattr(regularizer, "discard"):
                 regularizer.discard()  # type: ignore[operator]
 
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._steps = int(state)
+        self._schedule()
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
+
+
+def _takes(regularizer: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the inputs that a term needs, and of those that it may be given."""
+    return tuple(getattr(regularizer, "inputs", ())), tuple(getattr(regularizer, "optional_inputs", ()))
+
+
+def _union(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for several in names for name in several))

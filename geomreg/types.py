@@ -1,6 +1,6 @@
 """The few types that every room of the library shares."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -33,9 +33,14 @@ class Terms(NamedTuple):
 
 @runtime_checkable
 class Regularizer(Protocol):
-    """What a training loop may rely on; any ``nn.Module`` of this shape is a regularizer."""
+    """What a training loop may rely on; any ``nn.Module`` of this shape is a regularizer.
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
+    A term that takes more than embeddings names it in a class attribute ``inputs`` (needed) or ``optional_inputs``: ``logit_scale``,
+    ``logit_bias``, ``labels``, ``texts`` (a bank of constant embeddings), ``previous`` (a second teacher), ``feature_maps`` and
+    ``teacher_feature_maps``; they are keyword arguments of the call.
+    """
+
+    def __call__(self, student: Embeddings, teacher: Embeddings | None, **inputs: Any) -> Tensor:
         """0-d value in fp32 or wider."""
 
     def step(self) -> None:

@@ -63,3 +63,19 @@ def assert_gradients(case: dict[str, Any], arguments: dict[str, Tensor]) -> None
         assert actual is not None, f"no gradient reached {key}"
         error = (actual - expected).abs().max()
         assert error <= case["suggested_rtol"] * expected.abs().max() + _ATOL, f"{key}: {error}"
+
+
+def check(case: dict[str, Any], value: Tensor, arguments: dict[str, Tensor], *, output: str = "loss", prefix: str = "") -> None:
+    """Value and every recorded gradient, whose keys may carry a prefix for this output."""
+    assert_value(case, value, case["outputs"][output])
+    keys = {key.removeprefix(prefix) for key in case["grads"] if key.startswith(prefix)} & set(arguments)
+    if keys:
+        value.backward()
+        recorded = {key: case["grads"][prefix + key] for key in keys}
+        assert_gradients({**case, "grads": recorded}, arguments)
+
+
+def leaves(case: dict[str, Any], **more: float) -> dict[str, Tensor]:
+    """Inputs and some hyper-parameters as new float64 leaves that require grad."""
+    found = {key: tensor(value).requires_grad_() for key, value in case["inputs"].items() if key != "labels"}
+    return found | {key: torch.tensor(value, dtype=torch.float64, requires_grad=True) for key, value in more.items()}

@@ -6,7 +6,18 @@ import pytest
 import torch
 from batches import gradients, random_pair
 
-from geomreg import AverageVectorLoss, DiVE, FeatureDistillation, PairwiseVectorLoss, Regularizer, Terms, WeightedSum
+from geomreg import (
+    AverageVectorLoss,
+    ContrastiveReplay,
+    DiVE,
+    FeatureDistillation,
+    PairwiseVectorLoss,
+    Regularizer,
+    SimilarityKL,
+    Terms,
+    WeightedSum,
+)
+from geomreg.schedules import Linear
 
 
 def example():
@@ -68,7 +79,7 @@ def test_state_resumes():
     saved = example()
     saved(*random_pair())
     saved.step()
-    assert list(saved.state_dict()) == ["regularizers.avl.mean"]
+    assert set(saved.state_dict()) == {"_extra_state", "regularizers.avl.mean"}
     resumed = example()
     resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
     assert torch.equal(resumed(*random_pair(seed=1)), saved(*random_pair(seed=1)))
@@ -97,6 +108,58 @@ def test_discard_reaches_every_term_that_collects():
     keep.step()
     assert not keep.regularizers["one"].mean.any()
     assert not keep.regularizers["three"].mean.any()
+
+
+def test_scheduled_weights_move_in_step_and_resume():
+    def build():
+        return WeightedSum(falling=(Linear(3.0, 1.0, steps=4), FeatureDistillation()), fixed=(2.0, PairwiseVectorLoss()))
+
+    keep, pair = build(), random_pair()
+    parts = keep.terms(*pair).parts
+    seen = []
+    for _ in range(6):
+        terms = keep.terms(*pair)
+        torch.testing.assert_close(terms.total, keep.weights["falling"] * parts["falling"] + 2.0 * parts["fixed"])
+        assert torch.equal(keep(*pair), terms.total)  # a forward moves nothing
+        seen.append(keep.weights["falling"])
+        if len(seen) == 3:
+            resumed = build()
+            resumed.load_state_dict(keep.state_dict())
+            assert resumed.weights == keep.weights
+        keep.step()
+    assert seen == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
+    assert list(keep.weights) == ["falling", "fixed"]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "1", None])
+def test_schedule_that_gives_no_weight(value):
+    keep = WeightedSum(one=(lambda step: 1.0 if step == 0 else value, FeatureDistillation()))
+    with pytest.raises(ValueError, match=r"^WeightedSum: expected the weight of one at step 1 as a finite number >= 0"):
+        keep.step()
+
+
+def test_inputs_reach_the_terms_that_take_them():
+    student, teacher = random_pair()
+    texts = random_pair(6, seed=1)[1].text
+    keep = WeightedSum(replay=(1.0, ContrastiveReplay()), zscl=(2.0, SimilarityKL()), dive=(3.0, DiVE()))
+    assert keep.inputs == ("logit_scale",)
+    assert set(keep.optional_inputs) == {"logit_bias", "labels", "texts"}
+    labels = torch.tensor([0, 0, 1, 2, 3])
+    parts = keep.terms(student, teacher, logit_scale=5.0, labels=labels, texts=texts).parts
+    torch.testing.assert_close(parts["replay"], ContrastiveReplay()(student, logit_scale=5.0, labels=labels).detach())
+    torch.testing.assert_close(parts["zscl"], SimilarityKL()(student, teacher, logit_scale=5.0, texts=texts).detach())
+    nested = WeightedSum(inner=(1.0, keep))
+    torch.testing.assert_close(nested(student, teacher, logit_scale=5.0, texts=texts), keep(student, teacher, logit_scale=5.0, texts=texts))
+
+
+def test_wrong_inputs():
+    keep, pair = WeightedSum(replay=(1.0, ContrastiveReplay())), random_pair()
+    with pytest.raises(TypeError, match=r"^WeightedSum: expected the inputs logit_scale, got no logit_scale"):
+        keep(*pair)
+    with pytest.raises(TypeError, match=r"^WeightedSum: expected inputs that a term takes, got logit_scal. Did you mean logit_scale"):
+        keep(*pair, logit_scal=1.0)
+    with pytest.raises(TypeError, match=r"^WeightedSum: expected inputs that a term takes, got x. Its terms take none"):
+        WeightedSum(dive=(1.0, DiVE()))(*pair, x=1.0)
 
 
 def test_repr_shows_the_weights():

@@ -3,7 +3,9 @@
 import os
 from datetime import timedelta
 from functools import partial
+from unittest import mock
 
+import contract
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,19 +14,23 @@ from batches import batch_mean, random_pair
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from geomreg import AverageVectorLoss, DiVE, Embeddings, FeatureDistillation, PairwiseVectorLoss, Teacher
+from geomreg import AverageVectorLoss, ContrastiveReplay, DiVE, Embeddings, RelationalAngle, SimilarityKL, Teacher
 
 pytestmark = pytest.mark.slow
 RANKS, STEPS, ROWS = 2, 3, 4
-TERMS = {
+STATEFUL = {
     "average_vector": partial(AverageVectorLoss, decay=0.5),
     "average_vector_before": partial(AverageVectorLoss, decay=0.5, update="before"),
     "dive": partial(DiVE, decay=0.5),
     "dive_before": partial(DiVE, decay=0.5, update="before"),
-    "pairwise_vector": PairwiseVectorLoss,
-    "feature_distillation": FeatureDistillation,
 }
-STATEFUL = [name for name in TERMS if "average" in name or "dive" in name]
+TERMS = STATEFUL | {name: term.build for name, term in contract.TERMS.items() if name not in ("AverageVectorLoss", "DiVE")}
+TERMS |= {
+    "batch_similarity": partial(SimilarityKL, against="batch"),
+    "sigmoid_replay": partial(ContrastiveReplay, form="sigmoid"),
+    "drawn_angles": partial(RelationalAngle, max_triplets=10),
+    "labelled_replay": ContrastiveReplay,
+}
 
 
 class Towers(nn.Module):
@@ -49,20 +55,36 @@ def data(step, ranks):
     return [torch.cat(parts) for parts in zip(*values, strict=True)]
 
 
-def trained(build, ranks, wrap=lambda model: model):
+def inputs(name, regularizer, batch, ranks):
+    """Named inputs of a term: the same bank and scale on every rank, its own labels and second teacher's embeddings."""
+    texts = torch.randn(5, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    previous = Towers(seed=2)
+    found = {"logit_scale": 2.0, "texts": texts, "previous": Embeddings(*(value.detach() for value in previous(*batch)))}
+    if name == "sigmoid_replay":
+        found["logit_bias"] = -1.0
+    if name == "labelled_replay":
+        found["labels"] = torch.cat([torch.arange(ROWS) % (2 + rank) for rank in ranks])
+    taken = (*getattr(regularizer, "inputs", ()), *getattr(regularizer, "optional_inputs", ()))
+    if name == "batch_similarity":
+        taken = ("logit_scale",)
+    return {key: value for key, value in found.items() if key in taken}
+
+
+def trained(name, ranks, wrap=lambda model: model):
     """Loss, gradient and running mean at each of a few steps."""
+    build = TERMS[name]
     teacher = Teacher(Towers(seed=1), lambda model, batch: model(*batch))
     towers, regularizer = Towers(), build()
     student, record = wrap(towers), []
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
     for step in range(STEPS):
         batch = data(step, ranks)
-        loss = regularizer(student(*batch), teacher(batch))
+        loss = regularizer(student(*batch), teacher(batch), **inputs(name, regularizer, batch, ranks))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         regularizer.step()
-        gradients = torch.cat([parameter.grad.flatten() for parameter in towers.parameters()])
+        gradients = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in towers.parameters()])
         record.append({"loss": loss.detach(), "gradient": gradients, "mean": getattr(regularizer, "mean", torch.zeros(())).clone()})
     return record
 
@@ -110,7 +132,11 @@ def work(rank, folder):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     try:
-        result = {name: trained(build, [rank], DistributedDataParallel) for name, build in TERMS.items()}
+        result = {name: trained(name, [rank], partial(DistributedDataParallel, find_unused_parameters=True)) for name in TERMS}
+        with mock.patch("geomreg.regularizers.average_vector.all_reduce_sum", lambda value: value):
+            result["rank-local mean"] = trained("average_vector", [rank], DistributedDataParallel)
+        with mock.patch("geomreg.regularizers.gram.gathered_rows", lambda value, training: value):
+            result["rank-local pairs"] = trained("GramStructure", [rank], DistributedDataParallel)
         result["uneven"] = {name: uneven(partial(TERMS[name], decay=0.0), rank) for name in STATEFUL}
         result["spoiled"] = {name: uneven(TERMS[name], rank, spoiled=True) for name in STATEFUL}
         owners = {"average_vector": AverageVectorLoss, "dive": DiVE}
@@ -134,13 +160,34 @@ def close(actual, expected, tolerance):
     assert (actual.double() - expected.double()).abs().max() <= tolerance * expected.abs().max()
 
 
+def contract_of(name):
+    """The declaration of a term."""
+    others = {"batch_similarity": "SimilarityKL", "drawn_angles": "RelationalAngle", "sigmoid_replay": "ContrastiveReplay"}
+    others |= {"labelled_replay": "ContrastiveReplay"} | dict.fromkeys(STATEFUL, "DiVE")
+    return contract.TERMS[others.get(name, name)]
+
+
+def test_rank_local_mean_fails(results):
+    """The averaged gradient is linear in the mean, so only the mean itself tells."""
+    ranks = [result["rank-local mean"][-1]["mean"] for result in results]
+    assert (ranks[0] - ranks[1]).abs().max() > 1e-2 * ranks[0].abs().max()
+
+
+def test_rank_local_pairs_fail(results):
+    expected = trained("GramStructure", range(RANKS))
+    for result in results:
+        error = (result["rank-local pairs"][0]["gradient"] - expected[0]["gradient"]).abs().max()
+        assert error > 1e-2 * expected[0]["gradient"].abs().max()
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_loss_and_gradient_equal_one_process(results, name):
-    expected = trained(TERMS[name], range(RANKS))
+    expected = trained(name, range(RANKS))
     tolerance = 1e-6 if name in STATEFUL else 1e-12  # the mean is fp32
     for step in range(STEPS):
         ranks = [result[name][step] for result in results]
-        assert not torch.equal(ranks[0]["loss"], ranks[1]["loss"])
+        if contract_of(name).separable:
+            assert not torch.equal(ranks[0]["loss"], ranks[1]["loss"])
         close(torch.stack([rank["loss"] for rank in ranks]).mean(), expected[step]["loss"], tolerance)
         for rank in ranks:
             close(rank["gradient"], expected[step]["gradient"], tolerance)
@@ -148,7 +195,7 @@ def test_loss_and_gradient_equal_one_process(results, name):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_running_mean_equals_one_process(results, name):
-    expected = trained(TERMS[name], range(RANKS))
+    expected = trained(name, range(RANKS))
     for step in range(STEPS):
         ranks = [result[name][step]["mean"] for result in results]
         assert torch.equal(*ranks)
@@ -186,5 +233,5 @@ def test_before_refuses_a_rank_without_a_batch(results):
 
 def test_different_data_matters():
     """The check above would see a rank that keeps its own mean."""
-    both, alone = trained(TERMS["average_vector"], range(RANKS)), trained(TERMS["average_vector"], [0])
+    both, alone = trained("average_vector", range(RANKS)), trained("average_vector", [0])
     assert (both[0]["mean"] - alone[0]["mean"]).abs().max() > 1e-2 * both[0]["mean"].abs().max()

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import contract
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -53,11 +54,16 @@ def test_commands_are_the_ones_that_ci_runs():
     assert commands[1] in (README.parent / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-def test_every_regularizer_has_a_row():
-    text = README.read_text(encoding="utf-8")
-    for name in regularizers.__all__:
-        if name[0].isupper():
-            assert f"| `{name}` |" in text, name
+def test_every_regularizer_has_a_row_that_says_what_its_declaration_says():
+    rows = {
+        line.split("`")[1]: [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in README.read_text("utf-8").splitlines()
+        if line.startswith("| `")
+    }
+    for name, term in contract.TERMS.items():
+        assert rows[name][3] == contract.what_it_keeps(term), name
+    public = {name for name in regularizers.__all__ if hasattr(getattr(regularizers, name), "forward")}
+    assert public <= set(rows)
 
 
 def test_size():

@@ -7,13 +7,17 @@
 Tuning task: OpenMoji food as the target, Twemoji objects as the zero-shot task; neither is the reported target, and
 the reported zero-shot average is also given without food and objects. Rule: the setting of best target accuracy among those that keep
 zero-shot within a point of the base model. Every run is written as soon as it is done; a second call resumes.
+Runs go side by side, so their seconds and memory are no measurement of the quickstart.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +79,6 @@ def machine() -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "checkpoint": hashlib.sha256((model_folder() / "open_clip_model.safetensors").read_bytes()).hexdigest(),
     }
 
@@ -90,31 +93,56 @@ def resumed(name: str, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def brief(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: row[key] for key in ("method", "id", "ood", "zero_shot", "rsa", "distortion", "training_seconds", "peak_memory_mb")}
+    kept = {key: row[key] for key in ("method", "id", "ood", "zero_shot", "rsa", "distortion")}
     return kept | {"weight": row.get("weight"), "final": {key: values[-1] for key, values in row.get("training", {}).items()}}
 
 
-def tune() -> None:
+_pool: Pool | None = None  # of this process
+
+
+def _start(experiment: Callable[[], Experiment]) -> None:
+    global _pool
+    torch.set_num_threads(1)
+    _pool = Pool(experiment())
+
+
+def _run(key: str, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return key, run_method(pool=_pool, accelerator=Accelerator(cpu=True), **job)
+
+
+def run_all(
+    name: str, content: dict[str, Any], experiment: Callable[[], Experiment], jobs: dict[str, dict[str, Any]], more: tuple[str, ...] = ()
+) -> None:
+    """Run what ``content`` lacks, on ``content["processes"]`` processes of one thread; written as soon as it is done."""
+    todo = {key: job for key, job in jobs.items() if key not in content["runs"]}
+    executor = ProcessPoolExecutor(content["processes"], multiprocessing.get_context("spawn"), _start, (experiment,))
+    with executor:
+        for future in as_completed([executor.submit(_run, key, job) for key, job in todo.items()]):
+            key, row = future.result()
+            described = {"seed": jobs[key]["seed"], "learning_rate": jobs[key]["settings"].learning_rate}
+            content["runs"][key] = described | brief(row) | {field: row.get(field) for field in more}
+            save(name, content)
+            line = f"id {row['id']:.1f} ood {mean(row['ood']):.1f} zs {mean(row['zero_shot']):.1f} rsa {row['rsa']['stacked']:.3f}"
+            print(key, line, f"{row['seconds']:.0f} s", flush=True)
+
+
+def tune(processes: int) -> None:
     """FLYP at each learning rate; DiVE and its control at each weight, at each learning rate."""
     name = "quickstart_tuning.json"
-    content = resumed(name, {"seed": TUNING_SEED, "steps": STEPS, **machine()})
-    pool, accelerator = Pool(tuning_experiment()), Accelerator(cpu=True)
+    content = resumed(name, {"seed": TUNING_SEED, "steps": STEPS, "processes": processes, **machine()})
     todo = [("base", 0.0, 0.0)] + [("flyp", rate, 0.0) for rate in LEARNING_RATES]
     todo += [(method, rate, weight) for rate in LEARNING_RATES for weight in WEIGHTS for method in ("flyp+dive", "flyp+control")]
-    for method, rate, weight in todo:
-        key = f"{method} lr={rate:g} weight={weight:g}"
-        if key in content["runs"]:
-            continue
-        row = run_method(method, pool, seed=TUNING_SEED, settings=settings(rate), weight=weight, accelerator=accelerator, alphas=())
-        content["runs"][key] = {"learning_rate": rate} | brief(row)
-        save(name, content)
-        print(
-            key,
-            f"id {row['id']:.1f}",
-            {k: round(v, 1) for k, v in row["zero_shot"].items()},
-            f"rsa {row['rsa']['stacked']:.3f}",
-            flush=True,
-        )
+    jobs = {
+        f"{method} lr={rate:g} weight={weight:g}": {
+            "method": method,
+            "seed": TUNING_SEED,
+            "settings": settings(rate),
+            "weight": weight,
+            "alphas": (),
+        }
+        for method, rate, weight in todo
+    }
+    run_all(name, content, tuning_experiment, jobs)
     floor = mean(content["runs"]["base lr=0 weight=0"]["zero_shot"]) - 1
     allowed = {k: run for k, run in content["runs"].items() if run["method"] == "flyp+dive" and mean(run["zero_shot"]) >= floor}
     content["chosen"] = max(allowed, key=lambda key: allowed[key]["id"]) if allowed else None
@@ -122,25 +150,19 @@ def tune() -> None:
     print("chosen:", content["chosen"])
 
 
-def seeds() -> None:
+def seeds(processes: int) -> None:
     """The quickstart's own runs, seed by seed."""
     name = "quickstart_seeds.json"
-    content = resumed(name, {"steps": STEPS, "learning_rate": LEARNING_RATE, "weight": Options().weight, **machine()})
-    pool, accelerator = Pool(openmoji_experiment()), Accelerator(cpu=True)
-    content["concepts"] = {"target": list(pool.experiment.target.codes), **{k: list(d.codes) for k, d in pool.experiment.zero_shot.items()}}
-    for seed in SEEDS:
-        for method in METHODS:
-            key = f"{method} seed={seed}"
-            if key in content["runs"]:
-                continue
-            row = run_method(method, pool, seed=seed, settings=settings(LEARNING_RATE), weight=content["weight"], accelerator=accelerator)
-            content["runs"][key] = {"seed": seed} | brief(row) | {"wise": row.get("wise"), "correct": row["correct"]}
-            save(name, content)
-            print(
-                key,
-                f"id {row['id']:.1f} ood {mean(row['ood']):.1f} zs {mean(row['zero_shot']):.1f} rsa {row['rsa']['stacked']:.3f}",
-                flush=True,
-            )
+    header = {"steps": STEPS, "learning_rate": LEARNING_RATE, "weight": Options().weight, "processes": processes, **machine()}
+    content = resumed(name, header)
+    one = openmoji_experiment()
+    content["concepts"] = {"target": list(one.target.codes), **{task: list(d.codes) for task, d in one.zero_shot.items()}}
+    jobs = {
+        f"{method} seed={seed}": {"method": method, "seed": seed, "settings": settings(LEARNING_RATE), "weight": content["weight"]}
+        for seed in SEEDS
+        for method in METHODS
+    }
+    run_all(name, content, openmoji_experiment, jobs, more=("wise", "correct"))
 
 
 def mean(values: dict[str, float]) -> float:
@@ -226,4 +248,9 @@ def summary(resamples: int = 2000) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["tune", "seeds", "summary"])
-    {"tune": tune, "seeds": seeds, "summary": summary}[parser.parse_args().what]()
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
+    arguments = parser.parse_args()
+    if arguments.what == "summary":
+        summary()
+    else:
+        {"tune": tune, "seeds": seeds}[arguments.what](arguments.processes)

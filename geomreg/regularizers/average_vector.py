@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option, check_width
 from geomreg.distributed import all_reduce_max, all_reduce_sum, world_size
 from geomreg.precision import at_least_fp32, full_precision
+from geomreg.regularizers.common import unit
 from geomreg.types import Embeddings
 
 __all__ = ["AverageVectorLoss", "average_vector_loss"]
@@ -214,15 +214,3 @@ class AverageVectorLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}, update={self.update!r}, normalize={self.normalize}"
-
-
-def unit(embeddings: Embeddings) -> Embeddings:
-    """Each embedding divided by its L2 norm, in fp32 or wider; a zero vector stays zero."""
-
-    def scaled(value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        with full_precision(value):
-            return F.normalize(at_least_fp32(value), dim=-1)
-
-    return Embeddings(scaled(embeddings.image), scaled(embeddings.text))

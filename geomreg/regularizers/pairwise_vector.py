@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from geomreg.checks import check_embeddings, check_pair, check_paired, check_pairs_present
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.average_vector import unit
+from geomreg.regularizers.common import unit
 from geomreg.types import Embeddings
 
 __all__ = ["PairwiseVectorLoss", "pairwise_vector_loss"]

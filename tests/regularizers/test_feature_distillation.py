@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from batches import mapped, random_pair, random_vector
-from golden_cases import assert_gradients, assert_value, case, inputs
+from golden_cases import assert_gradients, assert_value, case, check, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geomreg import Embeddings, FeatureDistillation
-from geomreg.functional import feature_distillation_loss
+from geomreg import CosineAnchor, Embeddings, FeatureDistillation, SelectiveDistillation
+from geomreg.functional import cosine_anchor_loss, feature_distillation_loss, selective_distillation_loss
 
 
 def first_task_weight(hyper):
@@ -121,3 +121,105 @@ def test_has_no_state():
     regularizer.step()
     assert not regularizer.state_dict()
     assert not list(regularizer.buffers())
+
+
+def selective(golden, **options):
+    """The module with a case's hyper-parameters on its inputs."""
+    arguments, hyper = inputs(golden), golden["hyper"]
+    options = {
+        "threshold": hyper["threshold"], "scale": float(hyper["scale"]), "previous_weight": float(hyper["ratio_prev"]),
+        "teacher_weight": float(hyper["ratio_pretrained"]), **options,
+    }  # fmt: skip
+    one, other, previous = (Embeddings(arguments[f"{key}_image_raw"]) for key in ("student", "pretrained", "prev"))
+    return SelectiveDistillation(**options)(one, other, previous=previous), arguments
+
+
+@pytest.mark.parametrize("name", ["per_sample_selection_NOT_OFFICIAL", "first_task_prev_is_pretrained", "single_teacher"])
+def test_golden_selection(name):
+    golden = case("snd", name)
+    value, arguments = selective(golden)
+    check(golden, value, arguments)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("dual_default", 1.3085309665), ("dual_equal_weights", 1.2313432855)])
+def test_official_selection_is_lost_in_a_broadcast(name, factor):
+    """The known deviation: the official mean of the (B, B) product is the mean score times the mean distance."""
+    golden = case("snd", name)
+    value, arguments = selective(golden)
+    assert value.item() == pytest.approx(factor * golden["outputs"]["loss"], rel=1e-9)
+    z, previous, teacher = (torch.nn.functional.normalize(arguments[f"{key}_image_raw"]) for key in ("student", "prev", "pretrained"))
+    hyper = golden["hyper"]
+    score = torch.sigmoid(hyper["scale"] * ((teacher - previous).norm(dim=1) - hyper["threshold"]))
+    broadcast = hyper["ratio_prev"] * score.mean() * (z - previous).square().sum(1).mean()
+    broadcast = broadcast + hyper["ratio_pretrained"] * (1 - score).mean() * (z - teacher).square().sum(1).mean()
+    assert broadcast.item() == pytest.approx(golden["outputs"]["loss"], rel=1e-12)
+
+
+def test_selection_by_hand():
+    student, previous = (one.image for one in random_pair(6, 3, seed=1))
+    teacher = random_pair(6, 3, seed=2)[1].image
+    expected = 0.0
+    for z, p, t in zip(student.tolist(), previous.tolist(), teacher.tolist(), strict=True):
+        score = 1 / (1 + math.exp(-2.0 * (math.dist(p, t) - 0.7)))
+        expected += (3.0 * score * math.dist(z, p) ** 2 + 0.25 * (1 - score) * math.dist(z, t) ** 2) / 6
+    options = {"threshold": 0.7, "scale": 2.0, "previous_weight": 3.0, "teacher_weight": 0.25}
+    assert selective_distillation_loss(student, previous, teacher, **options).item() == pytest.approx(expected, rel=1e-12)
+    assert selective_distillation_loss(student, previous, teacher).item() == pytest.approx(
+        selective_distillation_loss(
+            student, previous, teacher, threshold=0.2, scale=6.0, previous_weight=9.0, teacher_weight=0.5
+        ).item(), rel=1e-15,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("text",), ("image", "text"), None])
+def test_selection_of_modalities(modalities):
+    (student, teacher), (_, previous) = random_pair(), random_pair(seed=3)
+    value = SelectiveDistillation(modalities=modalities, normalize=False)(student, teacher, previous=previous)
+    names = modalities or ("image", "text")
+    expected = sum(selective_distillation_loss(*(getattr(one, name) for one in (student, previous, teacher))) for name in names)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
+def test_selection_needs_only_what_it_keeps():
+    (student, teacher), (_, previous) = random_pair(), random_pair(seed=3)
+    alone = SelectiveDistillation()(Embeddings(student.image), Embeddings(teacher.image), previous=Embeddings(previous.image))
+    torch.testing.assert_close(SelectiveDistillation()(student, Embeddings(teacher.image), previous=previous), alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("option", ["threshold", "scale", "previous_weight", "teacher_weight"])
+@pytest.mark.parametrize("bad", [float("nan"), "1", None, True])
+def test_bad_selection(option, bad):
+    with pytest.raises(ValueError, match=rf"^SelectiveDistillation: expected {option}"):
+        SelectiveDistillation(**{option: bad})
+    student, teacher = (one.image for one in random_pair())
+    with pytest.raises(ValueError, match=rf"^selective_distillation_loss: expected {option}"):
+        selective_distillation_loss(student, teacher, teacher, **{option: bad})
+
+
+def test_previous_with_gradient_raises():
+    (student, teacher), (live, _) = random_pair(), random_pair(seed=3)
+    with pytest.raises(ValueError, match="requires grad"):
+        SelectiveDistillation()(student, teacher, previous=live)
+
+
+def test_golden_cosine():
+    golden = case("snd", "cosine_similarity_loss")
+    arguments = inputs(golden)
+    check(golden, cosine_anchor_loss(arguments["x"], arguments["y"]), arguments)
+
+
+def test_cosine_is_exact_near_the_teacher():
+    """One minus a cosine in fp32 would be off by several per cent here."""
+    _, teacher = random_pair(64, 512, dtype=torch.float32)
+    drift = 1e-3 * teacher.image.norm(dim=1, keepdim=True) / 512**0.5 * random_pair(64, 512, seed=1, dtype=torch.float32)[1].image
+    exact = (1 - torch.nn.functional.cosine_similarity((teacher.image + drift).double(), teacher.image.double())).mean().item()
+    assert cosine_anchor_loss(teacher.image + drift, teacher.image).item() == pytest.approx(exact, rel=1e-4)
+    plain = (1 - torch.nn.functional.cosine_similarity(teacher.image + drift, teacher.image)).mean().item()
+    assert plain != pytest.approx(exact, rel=1e-2)
+
+
+def test_cosine_modalities():
+    student, teacher = random_pair()
+    whole = cosine_anchor_loss(student.image, teacher.image) + cosine_anchor_loss(student.text, teacher.text)
+    torch.testing.assert_close(CosineAnchor()(student, teacher), whole)
+    torch.testing.assert_close(CosineAnchor(modalities=("text",))(student, teacher), cosine_anchor_loss(student.text, teacher.text))

@@ -1,0 +1,56 @@
+"""What several regularizers do with their inputs: unit vectors, one modality after the other, rows of all processes."""
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from geomreg.checks import check_embeddings, check_pairs_present, check_student
+from geomreg.precision import at_least_fp32, full_precision
+from geomreg.types import Embeddings
+
+__all__ = ["chosen", "pairs", "summed", "unit", "unit_rows"]
+
+
+def unit_rows(value: Tensor) -> Tensor:
+    """Each row divided by its L2 norm, in fp32 or wider; a zero row stays zero."""
+    with full_precision(value):
+        return F.normalize(at_least_fp32(value), dim=-1)
+
+
+def unit(embeddings: Embeddings) -> Embeddings:
+    """:func:`unit_rows` of each modality that is there."""
+    return Embeddings(*(None if value is None else unit_rows(value) for value in embeddings))
+
+
+def chosen(
+    name: str, modalities: tuple[str, ...] | None, normalize: bool, student: Embeddings, *references: Embeddings | None
+) -> list[tuple[Tensor, ...]]:
+    """Student and references of each chosen modality, checked against each other; unit vectors if ``normalize``.
+
+    ``modalities=None`` takes those that are given.
+    """
+
+    def reduced(value: Embeddings | None) -> Embeddings | None:
+        if modalities is None or not isinstance(value, Embeddings):
+            return value  # check_embeddings refuses what is no Embeddings
+        return Embeddings(*(one if field in modalities else None for field, one in zip(Embeddings._fields, value, strict=True)))
+
+    kept = reduced(student)
+    checked = [check_embeddings(name, kept, reduced(one), required=modalities or ()) for one in references]  # type: ignore[arg-type]
+    scaled = [unit(one) if normalize else one for one in (kept, *checked) if one is not None]
+    return [tuple(row) for row in zip(*scaled, strict=True) if row[0] is not None]
+
+
+def pairs(name: str, student: Embeddings, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Images and texts of a term that looks at the student alone."""
+    image, text = check_pairs_present(name, check_student(name, student))
+    return (unit_rows(image), unit_rows(text)) if normalize else (image, text)
+
+
+def summed(values: Iterable[Tensor]) -> Tensor:
+    """Sum of at least one value."""
+    first, *others = values
+    for value in others:
+        first = first + value
+    return first

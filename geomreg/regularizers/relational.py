@@ -1,0 +1,208 @@
+"""Relational distillation: relative distances and angles within a batch stay those of the teacher (RKD, arXiv 1904.05068)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geomreg.checks import check_count, check_modalities, check_pair
+from geomreg.distributed import gathered_rows
+from geomreg.precision import at_least_fp32, full_precision
+from geomreg.regularizers.common import chosen, summed
+from geomreg.types import Embeddings
+
+__all__ = ["RelationalAngle", "RelationalDistance", "relational_angle_loss", "relational_distance_loss"]
+
+_CLOSEST = 1e-6  # coincident rows count as this far apart, as in the authors' code
+
+
+def relational_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Huber difference of the pairwise distances, each space's divided by its mean distance.
+
+    .. math:: \frac1{B^2} \sum_{j,k} h\Big( \frac{\lVert z_j - z_k \rVert}{\mu} - \frac{\lVert z^0_j - z^0_k \rVert}{\mu^0} \Big)
+
+    with h(x) = x^2 / 2 for |x| < 1, |x| - 1/2 beyond, and the mean distance mu over j != k, through which gradient flows.
+
+    Args:
+        student: ``(B, D)`` embeddings of the model in training, as they come; B >= 2; receives gradient.
+        teacher: ``(B, E)`` embeddings of the same inputs by the frozen model, of any width; constant.
+
+    Returns:
+        0-d tensor, fp32 or wider.
+
+    Scale:
+        Free of units; averaged over all B^2 entries, of which the B on the diagonal are 0. Time O(B^2 D), memory O(B^2).
+
+    Invariances:
+        Permutation of samples; translation, orthogonal map and positive scaling of student or teacher, each by itself. It
+        therefore allows DiVE's common shift, and more.
+
+    Raises:
+        TypeError: not tensors, or not floating point.
+        ValueError: numbers of rows or devices differ, fewer than two rows, the teacher requires grad.
+
+    Deviations:
+        Distances from differences, not from inner products; coincident rows count as 1e-6 apart in both.
+
+    Example:
+        >>> import torch
+        >>> line = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> relational_distance_loss(5 * line + 2, line)
+        tensor(0.)
+
+    Reference:
+        Park et al., Relational knowledge distillation, CVPR 2019, arXiv 1904.05068, equations 5 to 7.
+    """
+    name = "relational_distance_loss"
+    check_pair(name, student, teacher, same_width=False)
+    check_count(name, "rows", len(student), 2)
+    with full_precision(student):
+        one, other = (_relative_distances(at_least_fp32(value)) for value in (student, teacher))
+        return 2 * F.smooth_l1_loss(one, other, reduction="sum") / len(student) ** 2  # both orders of each pair
+
+
+def _relative_distances(x: Tensor) -> Tensor:
+    """Distances of the B (B - 1) / 2 pairs divided by their mean."""
+    distances = torch.pdist(x).clamp(min=_CLOSEST)
+    return distances / distances.mean()
+
+
+def relational_angle_loss(student: Tensor, teacher: Tensor, *, max_triplets: int | None = None, seed: int = 0) -> Tensor:
+    r"""Huber difference of the angles that three samples form.
+
+    .. math:: \frac1{B^3} \sum_{j,k,l} h(\cos\angle_{kjl} - \cos\angle^0_{kjl}), \quad
+              \cos\angle_{kjl} = \langle e_{jk}, e_{jl} \rangle, \quad e_{jk} = \frac{z_k - z_j}{\lVert z_k - z_j \rVert}
+
+    Args:
+        student: ``(B, D)`` embeddings of the model in training, as they come; B >= 3; receives gradient.
+        teacher: ``(B, E)`` embeddings of the same inputs by the frozen model, of any width; constant.
+        max_triplets: with more than this many triplets of different samples, that many are drawn at random; the expected
+            value and gradient are those of all. None takes all B (B - 1) (B - 2).
+        seed: of the draw.
+
+    Returns:
+        0-d tensor, fp32 or wider.
+
+    Scale:
+        Free of units, at most 3/2; averaged over B^3, of which triplets with a repeated sample are 0. Memory O(B^3 + B^2 D), or
+        O(max_triplets D).
+
+    Invariances:
+        Permutation of samples (of all triplets); translation, orthogonal map and positive scaling of student or teacher, each
+        by itself.
+
+    Raises:
+        TypeError: not tensors, or not floating point.
+        ValueError: numbers of rows or devices differ, fewer than three rows, the teacher requires grad, ``max_triplets`` < 1.
+
+    Deviations:
+        Coincident rows have no direction: cosine 0 and no gradient, where the authors' code gives gradients of 1e9.
+
+    Example:
+        >>> import torch
+        >>> corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> relational_angle_loss(3 * corner - 1, corner).item() < 1e-12
+        True
+
+    Reference:
+        Park et al., Relational knowledge distillation, CVPR 2019, arXiv 1904.05068, equations 8 and 9.
+    """
+    name = "relational_angle_loss"
+    check_pair(name, student, teacher, same_width=False)
+    check_count(name, "rows", len(student), 3)
+    rows = len(student)
+    triplets = rows * (rows - 1) * (rows - 2)
+    if max_triplets is not None:
+        check_count(name, "max_triplets", max_triplets, 1)
+    with full_precision(student):
+        spaces = [at_least_fp32(value) for value in (student, teacher)]
+        if max_triplets is None or triplets <= max_triplets:
+            one, other = (_angles(x) for x in spaces)
+            return F.smooth_l1_loss(one, other, reduction="sum") / rows**3
+        generator = torch.Generator(device=student.device).manual_seed(seed)
+        vertex = torch.randint(rows, (max_triplets,), generator=generator, device=student.device)
+        first = (vertex + 1 + torch.randint(rows - 1, (max_triplets,), generator=generator, device=student.device)) % rows
+        second = torch.randint(rows - 2, (max_triplets,), generator=generator, device=student.device)
+        for taken in torch.stack([vertex, first]).sort(dim=0).values:  # the second-th row that is neither of the two
+            second = second + (second >= taken).long()
+        one, other = ((_directions(x[first] - x[vertex]) * _directions(x[second] - x[vertex])).sum(dim=-1) for x in spaces)
+        return F.smooth_l1_loss(one, other) * (triplets / rows**3)
+
+
+def _directions(difference: Tensor) -> Tensor:
+    """Unit vectors; differences of zero stay zero, without gradient."""
+    square = difference.square().sum(dim=-1, keepdim=True)
+    apart = square != 0  # true of NaN, which must go on
+    return torch.where(apart, difference, 0.0) * torch.where(apart, square, 1.0).rsqrt()
+
+
+def _angles(x: Tensor) -> Tensor:
+    """``(B, B, B)`` cosines at the first index."""
+    directions = _directions(x[None, :] - x[:, None])  # (B, B, D): from row j to row k
+    return directions @ directions.transpose(1, 2)
+
+
+class RelationalDistance(nn.Module):
+    """Module form of :func:`relational_distance_loss`, added over modalities; over the batches of all processes.
+
+    Args:
+        modalities: which embeddings to keep; by default those that are given.
+        normalize: divide embeddings by their L2 norm first.
+    """
+
+    def __init__(self, *, modalities: tuple[str, ...] | None = None, normalize: bool = True) -> None:
+        super().__init__()
+        self.modalities = check_modalities("RelationalDistance", modalities)
+        self.normalize = normalize
+
+    def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
+        parts = chosen("RelationalDistance", self.modalities, self.normalize, student, teacher)
+        return summed(relational_distance_loss(*(gathered_rows(value, self.training) for value in part)) for part in parts)
+
+    def step(self) -> None:
+        """Nothing to commit: this term has no state."""
+
+    def extra_repr(self) -> str:
+        return f"modalities={self.modalities}, normalize={self.normalize}"
+
+
+class RelationalAngle(nn.Module):
+    """Module form of :func:`relational_angle_loss`, added over modalities; over the batches of all processes.
+
+    Args:
+        modalities: which embeddings to keep; by default those that are given.
+        max_triplets: draw this many triplets where there are more; other ones after each :meth:`step`. None takes all.
+        seed: of the draws, the same on every process.
+        normalize: divide embeddings by their L2 norm first.
+
+    The number of steps so far is part of ``state_dict``: a resumed run draws on.
+    """
+
+    def __init__(
+        self, *, modalities: tuple[str, ...] | None = None, max_triplets: int | None = None, seed: int = 0, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.modalities = check_modalities("RelationalAngle", modalities)
+        if max_triplets is not None:
+            check_count("RelationalAngle", "max_triplets", max_triplets, 1)
+        check_count("RelationalAngle", "seed", seed, 0)
+        self.max_triplets, self.seed, self.normalize = max_triplets, seed, normalize
+        self._steps = 0
+
+    def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
+        parts = chosen("RelationalAngle", self.modalities, self.normalize, student, teacher)
+        rows = [[gathered_rows(value, self.training) for value in part] for part in parts]
+        seed = self.seed + self._steps
+        return summed(relational_angle_loss(one, other, max_triplets=self.max_triplets, seed=seed) for one, other in rows)
+
+    def step(self) -> None:
+        """Other triplets from now on."""
+        self._steps += 1
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._steps = int(state)
+
+    def extra_repr(self) -> str:
+        return f"modalities={self.modalities}, max_triplets={self.max_triplets}, seed={self.seed}, normalize={self.normalize}"
