@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_inputs, check_weight, describe
-from geomreg.schedules import Schedule
+from geomreg.schedules import BalancedWeight, Schedule
 from geomreg.types import Embeddings, Terms
 
 __all__ = ["WeightedSum"]
@@ -20,11 +20,9 @@ class WeightedSum(nn.Module):
     that it takes.
 
     Args:
-        terms: ``name=(weight, regularizer)``; the weight is a finite number >= 0, or a schedule: a function of the step number
-            such as :class:`geomreg.schedules.Cosine`. The number of steps so far is part of ``state_dict``.
-
-    Attributes:
-        weights: name to the weight in force.
+        terms: ``name=(weight, regularizer)``; the weight is a finite number >= 0, a schedule (a function of the step number such as
+            :class:`geomreg.schedules.Cosine`), or a :class:`geomreg.schedules.BalancedWeight`. The number of steps so far and the
+            balanced weights are part of ``state_dict``.
 
     Example:
         >>> from geomreg import AverageVectorLoss, PairwiseVectorLoss, WeightedSum
@@ -35,12 +33,13 @@ class WeightedSum(nn.Module):
         {'avl': 1000.0, 'pvl': 990.0}
     """
 
-    def __init__(self, **terms: tuple[float | Schedule, nn.Module]) -> None:
+    def __init__(self, **terms: tuple[float | Schedule | BalancedWeight, nn.Module]) -> None:
         super().__init__()
         if not terms:
             raise ValueError("WeightedSum: expected at least one name=(weight, regularizer), got none. Add a term.")
-        self.weights: dict[str, float] = {}
+        self.numbers: dict[str, float] = {}  # weights in force of terms with a number or a schedule
         self.schedules: dict[str, Schedule] = {}
+        self.balanced = nn.ModuleDict()
         self.regularizers = nn.ModuleDict()
         self._steps = 0
         for name, entry in terms.items():
@@ -51,11 +50,13 @@ class WeightedSum(nn.Module):
             if not isinstance(entry, tuple) or len(entry) != 2:
                 raise TypeError(f"WeightedSum: expected {name}=(weight, regularizer), got {describe(entry)}. Write {name}=(1.0, term).")
             weight, regularizer = entry
-            if callable(weight) and not isinstance(weight, Tensor):
+            if isinstance(weight, BalancedWeight):
+                self.balanced[name] = weight
+            elif callable(weight) and not isinstance(weight, Tensor):
                 self.schedules[name] = weight
             else:
                 check_weight("WeightedSum", f"the weight of {name}", weight)
-                self.weights[name] = float(weight)
+                self.numbers[name] = float(weight)
             if not isinstance(regularizer, nn.Module) or not hasattr(regularizer, "step"):
                 raise TypeError(
                     f"WeightedSum: expected {name} as an nn.Module with step(), got {describe(regularizer)}. Use a geomreg term."
@@ -64,12 +65,22 @@ class WeightedSum(nn.Module):
         self._schedule()
 
     def _schedule(self) -> None:
-        """Weights of the present step; in the order of the terms."""
+        """Weights of the present step."""
         for name, schedule in self.schedules.items():
             value = schedule(self._steps)
             check_weight("WeightedSum", f"the weight of {name} at step {self._steps}", value)
-            self.weights[name] = float(value)
-        self.weights = {name: self.weights[name] for name in self.regularizers}
+            self.numbers[name] = float(value)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name to the weight in force; waits for the device where a weight is balanced."""
+        return {name: float(self._weight(name)) for name in self.regularizers}
+
+    def _weight(self, name: str) -> float | Tensor:
+        if name in self.balanced:
+            weight: Tensor = self.balanced[name].weight  # type: ignore[assignment]
+            return weight
+        return self.numbers[name]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -90,22 +101,29 @@ class WeightedSum(nn.Module):
         values = {}
         for name, regularizer in self.regularizers.items():
             needed, optional = _takes(regularizer)
-            values[name] = regularizer(student, teacher, **{key: inputs[key] for key in (*needed, *optional) if key in inputs})
-        total: Tensor = sum(self.weights[name] * value for name, value in values.items())
+            seen = self.balanced[name].watch(student, "term") if name in self.balanced else student  # type: ignore[operator]
+            values[name] = regularizer(seen, teacher, **{key: inputs[key] for key in (*needed, *optional) if key in inputs})
+        total: Tensor = sum(self._weight(name) * value for name, value in values.items())
         return Terms(total, {name: value.detach() for name, value in values.items()})
 
+    def watch_task(self, embeddings: Embeddings) -> Embeddings:
+        """The embeddings that the task loss sees, with its gradient recorded for the balanced weights."""
+        for balanced in self.balanced.values():
+            embeddings = balanced.watch(embeddings, "task")  # type: ignore[operator]
+        return embeddings
+
     def step(self) -> None:
-        """Commit the state of every term and move the schedules; once after each optimizer step that was not skipped."""
-        for regularizer in self.regularizers.values():
-            regularizer.step()  # type: ignore[operator]
+        """Commit the state of every term and move the weights; once after each optimizer step that was not skipped."""
+        for part in (*self.regularizers.values(), *self.balanced.values()):
+            part.step()  # type: ignore[operator]
         self._steps += 1
         self._schedule()
 
     def discard(self) -> None:
         """Drop what the terms collected since the last step; instead of :meth:`step` after a skipped optimizer step."""
-        for regularizer in self.regularizers.values():
-            if hasattr(regularizer, "discard"):
-                regularizer.discard()  # type: ignore[operator]
+        for part in (*self.regularizers.values(), *self.balanced.values()):
+            if hasattr(part, "discard"):
+                part.discard()  # type: ignore[operator]
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self._steps)

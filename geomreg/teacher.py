@@ -1,13 +1,16 @@
-"""The frozen model that a student is compared with."""
+"""The model that a student is compared with: a frozen copy, the student without its adapters, or a running average of it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geomreg.checks import describe
+from geomreg.checks import check_count, check_fraction, describe
+from geomreg.precision import at_least_fp32
+from geomreg.schedules import Schedule
 from geomreg.types import Embeddings
 
 __all__ = ["Teacher"]
@@ -20,6 +23,9 @@ class Teacher(nn.Module):
     module adds nothing to that module's ``parameters()`` or ``state_dict()``: checkpoints do not grow and no optimizer
     moves it. Its embeddings are ordinary tensors without graph (``no_grad``, not ``inference_mode``, whose tensors
     cannot enter a loss).
+
+    :meth:`adapters_off` and :meth:`averaged` build the other kinds; all are called alike, and :meth:`step` may be called on each
+    after every optimizer step.
 
     Args:
         model: any ``nn.Module``; copied, never changed.
@@ -40,10 +46,7 @@ class Teacher(nn.Module):
 
     def __init__(self, model: nn.Module, encode: Callable[[nn.Module, Any], Embeddings]) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Teacher: expected model as an nn.Module, got {describe(model)}. Pass the student itself; it is copied.")
-        if not callable(encode):
-            raise TypeError(f"Teacher: expected encode as a function of (model, batch), got {describe(encode)}. Pass the student's.")
+        _check_encode(model, encode)
         frozen = copy.deepcopy(model)
         _check_independent(model, frozen)
         self.encode = encode
@@ -54,6 +57,51 @@ class Teacher(nn.Module):
     def model(self) -> nn.Module:
         """The frozen copy."""
         return self._held[0]
+
+    @classmethod
+    def adapters_off(cls, model: nn.Module, encode: Callable[[nn.Module, Any], Embeddings]) -> "Teacher":
+        """The student itself with its PEFT adapters switched off for the call: no parameter is copied.
+
+        Storage is shared on purpose; what is not an adapter must stay frozen. Modes and ``requires_grad`` of every submodule are
+        restored after each call. Adapters inside ``nn.MultiheadAttention`` are refused: PEFT merges them into the base weights for
+        each forward and takes them out again, which is not exact. Use a frozen copy there.
+
+        Args:
+            model: a model with PEFT adapters (LoRA and its relatives), not merged.
+            encode: as for the constructor.
+
+        Raises:
+            ValueError: no adapters, merged adapters, adapters on attention, weights beside the adapters that require grad.
+        """
+        return _AdaptersOff(model, encode)
+
+    @classmethod
+    def averaged(
+        cls,
+        model: nn.Module,
+        encode: Callable[[nn.Module, Any], Embeddings],
+        *,
+        decay: float | Schedule = 0.999,
+        every: int = 1,
+    ) -> "Teacher":
+        """An exponential moving average of the student: ``teacher <- m * teacher + (1 - m) * student`` in :meth:`step`.
+
+        Unlike a frozen copy it is saved: ``state_dict`` holds the average, in the precision it is kept in, and the number of steps.
+        Buffers that are not floating point are the student's.
+
+        Args:
+            model: the student; the average starts as a copy of it.
+            encode: as for the constructor.
+            decay: m, or a schedule of it over step numbers. CaRot (arXiv 2311.01723): from 0.05 to 0.9 over a fifth of the steps.
+            every: move at step 0 and after each so many; CaRot 500.
+
+        Raises:
+            ValueError: a decay outside [0, 1], ``every`` < 1.
+        """
+        return _Averaged(model, encode, decay=decay, every=every)
+
+    def step(self) -> None:
+        """After each optimizer step that was not skipped: moves an averaged teacher, nothing else."""
 
     def forward(self, batch: Any) -> Embeddings:
         with torch.no_grad():
@@ -72,6 +120,13 @@ class Teacher(nn.Module):
         return self
 
 
+def _check_encode(model: nn.Module, encode: Callable[[nn.Module, Any], Embeddings]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Teacher: expected model as an nn.Module, got {describe(model)}. Pass the student itself; it is copied.")
+    if not callable(encode):
+        raise TypeError(f"Teacher: expected encode as a function of (model, batch), got {describe(encode)}. Pass the student's.")
+
+
 def _check_independent(model: nn.Module, frozen: nn.Module) -> None:
     storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model) if tensor.numel()}
     for name, tensor in list(frozen.named_parameters()) + list(frozen.named_buffers()):
@@ -84,3 +139,119 @@ def _check_independent(model: nn.Module, frozen: nn.Module) -> None:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+class _AdaptersOff(Teacher):
+    """See :meth:`Teacher.adapters_off`."""
+
+    def __init__(self, model: nn.Module, encode: Callable[[nn.Module, Any], Embeddings]) -> None:
+        nn.Module.__init__(self)
+        _check_encode(model, encode)
+        adapters = _adapters(model)
+        inside = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
+        base = {id(p) for adapter in adapters for p in _base_layer(adapter).parameters()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (id(parameter) not in inside or id(parameter) in base):
+                raise ValueError(
+                    f"Teacher: expected every weight beside the adapters to be frozen, got {name!r}, which requires grad: the teacher "
+                    "would move with it. Freeze it, or use a frozen copy."
+                )
+        self.encode = encode
+        self._held = (model,)
+
+    def forward(self, batch: Any) -> Embeddings:
+        with _restored(self.model), _switched_off(_adapters(self.model)):
+            self.model.eval()
+            return super().forward(batch)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
+        return self  # the student moves by itself
+
+
+def _adapters(model: nn.Module) -> list[nn.Module]:
+    """PEFT's adapter layers, by what they can do, so that peft is not needed here."""
+    found = [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "base_layer")]
+    if not found:
+        raise ValueError("Teacher: expected a model with PEFT adapters, got none. Add them first, or use Teacher(model, encode).")
+    for module in found:
+        if isinstance(_base_layer(module), nn.MultiheadAttention):
+            raise ValueError(
+                "Teacher: expected adapters on layers that can be switched off exactly, got one on nn.MultiheadAttention. "
+                "Use a frozen copy, Teacher(model, encode)."
+            )
+        if getattr(module, "merged", False):
+            raise ValueError("Teacher: expected adapters beside their weights, got merged ones. Call unmerge_adapter() first.")
+    return found
+
+
+def _base_layer(adapter: nn.Module) -> nn.Module:
+    layer: Any = adapter
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    found: nn.Module = layer
+    return found
+
+
+@contextmanager
+def _switched_off(adapters: list[nn.Module]) -> Iterator[None]:
+    off = [bool(adapter.disable_adapters) for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.enable_adapters(False)  # type: ignore[operator]
+        yield
+    finally:
+        for adapter, was_off in zip(adapters, off, strict=True):
+            adapter.enable_adapters(not was_off)  # type: ignore[operator]
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Mode of every submodule and requires_grad of every parameter as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    live = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in live:
+            parameter.requires_grad_(requires_grad)
+
+
+class _Averaged(Teacher):
+    """See :meth:`Teacher.averaged`."""
+
+    def __init__(self, model: nn.Module, encode: Callable[[nn.Module, Any], Embeddings], *, decay: float | Schedule, every: int) -> None:
+        super().__init__(model, encode)
+        if not callable(decay):
+            check_fraction("Teacher", "decay", decay)
+        check_count("Teacher", "every", every, 1)
+        self.decay, self.every, self._steps = decay, every, 0
+        self._student = (model,)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self._steps % self.every == 0:
+            decay = self.decay(self._steps) if callable(self.decay) else self.decay
+            check_fraction("Teacher", f"decay at step {self._steps}", decay)
+            student = dict(_named_tensors(self._student[0]))
+            for name, mean in _named_tensors(self.model):
+                value = student[name].detach().to(mean.device)
+                if mean.is_floating_point():
+                    wide = at_least_fp32(mean)
+                    mean.copy_(torch.lerp(value.to(wide.dtype), wide, float(decay)))
+                else:
+                    mean.copy_(value)
+        self._steps += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"steps": torch.tensor(self._steps), "model": dict(self.model.state_dict())}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._steps = int(state["steps"])
+        self.model.load_state_dict(state["model"])
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

@@ -14,7 +14,20 @@ from batches import batch_mean, random_pair
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from geomreg import AverageVectorLoss, ContrastiveReplay, DiVE, Embeddings, RelationalAngle, SimilarityKL, Teacher
+from geomreg import (
+    AverageVectorLoss,
+    ContrastiveReplay,
+    DiVE,
+    Embeddings,
+    FeatureDistillation,
+    RelationalAngle,
+    SimilarityKL,
+    Teacher,
+    WeightedSum,
+)
+from geomreg.distributed import gathered_rows
+from geomreg.functional import contrastive_loss
+from geomreg.schedules import BalancedWeight
 
 pytestmark = pytest.mark.slow
 RANKS, STEPS, ROWS = 2, 3, 4
@@ -126,6 +139,18 @@ def refused(build, rank):
         return str(error)
 
 
+def balanced_weight(ranks):
+    """A balanced weight after a few steps on the ranks' data."""
+    teacher, towers = Teacher(Towers(seed=1), lambda model, batch: model(*batch)), Towers()
+    keep = WeightedSum(fd=(BalancedWeight(0.3, warmup=1, decay=0.5), FeatureDistillation()))
+    for step in range(STEPS):
+        batch = data(step, ranks)
+        task = contrastive_loss(*(gathered_rows(value) for value in keep.watch_task(towers(*batch))), logit_scale=1.0)
+        (task + keep(towers(*batch), teacher(batch))).backward()
+        keep.step()
+    return keep.balanced["fd"].weight
+
+
 def work(rank, folder):
     """What each process does; the results go to a file."""
     torch.set_num_threads(1)
@@ -141,6 +166,7 @@ def work(rank, folder):
         result["spoiled"] = {name: uneven(TERMS[name], rank, spoiled=True) for name in STATEFUL}
         owners = {"average_vector": AverageVectorLoss, "dive": DiVE}
         result["absent"] = {(n, c): absent(partial(o, decay=0.0), rank, c) for n, o in owners.items() for c in (False, True)}
+        result["balanced"] = balanced_weight([rank])
         result["refused"] = refused(AverageVectorLoss, rank)
         torch.save(result, folder / f"{rank}.pt")
     finally:
@@ -229,6 +255,13 @@ def test_rank_without_a_batch_takes_the_others_mean(results, name, committed):
 
 def test_before_refuses_a_rank_without_a_batch(results):
     assert results[1]["refused"].startswith("AverageVectorLoss: expected a training forward on every process")
+
+
+def test_balanced_weight_equals_one_process(results):
+    ranks = [result["balanced"] for result in results]
+    assert torch.equal(*ranks)
+    close(ranks[0], balanced_weight(range(RANKS)), 1e-5)
+    assert (ranks[0] - balanced_weight([0])).abs() > 1e-3 * ranks[0]
 
 
 def test_different_data_matters():

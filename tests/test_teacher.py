@@ -3,11 +3,14 @@
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
+from golden_cases import case
 from torch import nn
 
-from geomreg import DiVE, Embeddings, Teacher
+from geomreg import DiVE, Embeddings, FeatureDistillation, Teacher
+from geomreg.schedules import Linear
 
 
 def encode(model, batch):
@@ -208,3 +211,177 @@ def test_start_of_training_costs_nothing():
     value.backward()
     assert value.item() == 0
     assert not any(parameter.grad.any() for parameter in student.parameters())
+
+
+# averaged -------------------------------------------------------------------------------------------------------------
+
+
+def averaged(model, **options):
+    return Teacher.averaged(model, encode, **options)
+
+
+def test_averaged_moves_in_step_alone_and_by_the_formula():
+    model = student_model()
+    teacher = averaged(model, decay=0.75)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    for _ in range(3):
+        train(model)
+        before = copy.deepcopy(teacher.model.state_dict())
+        teacher(BATCH)
+        for key, value in teacher.model.state_dict().items():
+            assert torch.equal(value, before[key])
+        teacher.step()
+        for key, value in model.state_dict().items():
+            expected[key] = 0.75 * expected[key] + 0.25 * value if value.is_floating_point() else value.clone()
+    for key, value in teacher.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    assert not teacher.model.training
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_schedule_of_carot():
+    """Momentum at the official steps: only each 500 steps, from step 0 on, after which the start keeps 5 %."""
+    golden = case("carot", "ema_momentum_schedule")
+    hyper = golden["hyper"]
+    model = nn.Linear(1, 1, bias=False)
+    steps = int(hyper["m_warm_up"] * hyper["num_batches"] * hyper["epochs"])
+    schedule = Linear(hyper["m_sche_src"], hyper["m_sche_tar"], steps=steps)
+    recorded = golden["outputs"]["at_step"]
+    for step, values in recorded.items():
+        assert schedule(int(step)) == pytest.approx(values["m"])
+    nn.init.zeros_(model.weight)
+    teacher = averaged(model, decay=schedule, every=hyper["ema_up_freq"])
+    for step in range(501):
+        nn.init.ones_(model.weight)
+        if step == 500:
+            nn.init.zeros_(teacher.model.weight)
+        teacher.step()
+        if str(step) in recorded:
+            assert teacher.model.weight.item() == pytest.approx(recorded[str(step)]["teacher_after_from_0_with_student_1"])
+        elif step < 500:
+            assert teacher.model.weight.item() == pytest.approx(0.95)
+
+
+def test_averaged_resumes_exactly_and_leaks_no_parameter():
+    model = student_model()
+    teacher = averaged(model, decay=Linear(0.1, 0.9, steps=6), every=2)
+    for _ in range(3):
+        train(model, 1)
+        teacher.step()
+    saved = copy.deepcopy(teacher.state_dict())
+    twin = copy.deepcopy(model)
+    resumed = averaged(twin, decay=Linear(0.1, 0.9, steps=6), every=2)
+    resumed.load_state_dict(saved)
+    assert not list(teacher.parameters())
+    for one, other in ((teacher, model), (resumed, twin)):
+        torch.manual_seed(5)
+        for _ in range(3):
+            train(other, 1)
+            one.step()
+    for key, value in teacher.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], value)
+    assert torch.equal(teacher(BATCH).image, resumed(BATCH).image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"decay": 1.5}, "decay between 0 and 1"), ({"every": 0}, "every as a whole number >= 1")]
+)
+def test_bad_averages(options, message):
+    with pytest.raises(ValueError, match=f"^Teacher: expected {message}"):
+        averaged(student_model(), **options)
+
+
+def test_frozen_teacher_does_not_move_in_step():
+    model = student_model()
+    teacher = Teacher(model, encode)
+    before = copy.deepcopy(teacher.model.state_dict())
+    train(model)
+    teacher.step()
+    for key, value in teacher.model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert not teacher.state_dict()
+
+
+# adapters -------------------------------------------------------------------------------------------------------------
+
+
+def adapted(**options):
+    """A model with LoRA on its linear layers, trained for a while; and the model without."""
+    base = student_model("dropout")
+    plain = copy.deepcopy(base).eval()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0", "3"], r=2, lora_dropout=0.5, **options))
+    train(model, 5)
+    return model, plain
+
+
+def test_adapters_off_is_the_model_before_exactly():
+    model, plain = adapted()
+    teacher = Teacher.adapters_off(model, encode)
+    assert not torch.allclose(model.eval()(BATCH), plain(BATCH), rtol=1e-2)
+    assert torch.equal(teacher(BATCH).image, plain(BATCH))
+    train(model.train(), 5)
+    assert torch.equal(teacher(BATCH).image, plain(BATCH))
+
+
+def test_adapters_off_copies_nothing():
+    model, _ = adapted()
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    teacher = Teacher.adapters_off(model, encode)
+    assert {parameter.untyped_storage().data_ptr() for parameter in teacher.model.parameters()} == storages
+    assert not list(teacher.parameters())
+    assert not teacher.state_dict()
+
+
+def test_adapters_off_restores_every_mode_and_flag_even_after_an_error():
+    model, _ = adapted()
+    model.train()
+    model.base_model.model[1].eval()
+    next(p for name, p in model.named_parameters() if "lora_A" in name).requires_grad_(False)
+    before = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    teacher = Teacher.adapters_off(model, encode)
+    with torch.no_grad():
+        model.eval()
+        expected = model(BATCH)
+        for module, training in zip(model.modules(), before[0], strict=True):
+            module.training = training
+    teacher(BATCH)
+    with pytest.raises(RuntimeError):
+        teacher(torch.ones(2, 9))
+    assert ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]) == before
+    assert torch.equal(model.eval()(BATCH), expected)  # the adapters are on again
+
+
+def test_adapters_off_gives_gradient_to_the_adapters_alone():
+    model, _ = adapted()
+    teacher = Teacher.adapters_off(model, encode)
+    FeatureDistillation()(encode(model, BATCH), teacher(BATCH)).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any().item()) == ("lora_" in name), name
+
+
+def test_adapters_that_cannot_be_switched_off():
+    with pytest.raises(ValueError, match=r"^Teacher: expected a model with PEFT adapters, got none"):
+        Teacher.adapters_off(student_model(), encode)
+    model, _ = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"^Teacher: expected adapters beside their weights, got merged ones"):
+        Teacher.adapters_off(model, encode)
+    model, _ = adapted()
+    teacher = Teacher.adapters_off(model, encode)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="got merged ones"):
+        teacher(BATCH)
+    model, _ = adapted()
+    next(p for name, p in model.named_parameters() if "base_layer" in name).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^Teacher: expected every weight beside the adapters to be frozen, got .*base_layer"):
+        Teacher.adapters_off(model, encode)
+    model, _ = adapted(bias="all")
+    with pytest.raises(ValueError, match=r"^Teacher: expected every weight beside the adapters to be frozen"):
+        Teacher.adapters_off(model, encode)
+
+
+def test_adapters_on_attention_are_refused():
+    model = nn.Sequential(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)}))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attention"], r=2))
+    with pytest.raises(ValueError, match=r"^Teacher: expected adapters on layers that can be switched off exactly"):
+        Teacher.adapters_off(model, encode)

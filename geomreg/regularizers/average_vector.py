@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option, check_width
 from geomreg.distributed import all_reduce_max, all_reduce_sum, world_size
-from geomreg.precision import at_least_fp32, full_precision
+from geomreg.precision import apply_keeping_fp32, at_least_fp32, full_precision
 from geomreg.regularizers.common import unit
 from geomreg.types import Embeddings
 
@@ -196,12 +197,7 @@ class AverageVectorLoss(nn.Module):
         self._forwards = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AverageVectorLoss":
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for key, value in exact.items():
-            moved = self._buffers[key]
-            if value is not None and moved is not None and moved.dtype != torch.float32:
-                self._buffers[key] = value.to(moved.device)  # the values themselves, not a round trip
+        apply_keeping_fp32(self, partial(super()._apply, fn, recurse))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
