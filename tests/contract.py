@@ -324,10 +324,37 @@ TERMS = {
         degree=None,
     ),
 }
-ELSEWHERE = {  # regularizers that look at no embeddings; tested in their own files
-    "FeatureMapDistance": "feature maps",
-    "ProjectionOrthogonality": "parameters",
-    "WeightAnchor": "parameters",
+
+
+@dataclass(frozen=True)
+class Other:
+    """A regularizer that looks at no embeddings.
+
+    Attributes:
+        kind: what it looks at instead.
+        build: leaves with grad, and from them (module, named inputs); the leaves as they come or copies of them.
+    """
+
+    kind: str
+    build: Callable[[Tensor], tuple[torch.nn.Module, dict[str, Any]]]
+
+
+def _anchored(leaf: Tensor) -> tuple[torch.nn.Module, dict[str, Any]]:
+    model = torch.nn.Module()
+    model.weight = leaf
+    term = geomreg.WeightAnchor(model)
+    with torch.no_grad():
+        leaf.mul_(1.5)
+    return term, {}
+
+
+OTHERS = {
+    "FeatureMapDistance": Other(
+        "feature maps",
+        lambda leaf: (geomreg.FeatureMapDistance(), {"feature_maps": [leaf], "teacher_feature_maps": [torch.ones_like(leaf)]}),
+    ),
+    "ProjectionOrthogonality": Other("parameters", lambda leaf: (geomreg.ProjectionOrthogonality(leaf, cross=0.0), {})),
+    "WeightAnchor": Other("parameters", _anchored),
 }
 
 
@@ -428,10 +455,12 @@ def low_precision(term: Term) -> None:
                 embeddings_of(one.inputs, Tensor.double),
             )
             expected, value = called(term, term.build(), wide), called(term, term.build(), one)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                inside = called(term, term.build(), one)
-            assert value.dtype == inside.dtype == torch.float32
-            assert torch.equal(value, inside)
+            assert value.dtype == torch.float32
+            for inside in (torch.bfloat16, torch.float16):
+                with torch.autocast("cpu", dtype=inside):
+                    again = called(term, term.build(), one)
+                assert again.dtype == torch.float32
+                assert torch.equal(value, again)
             assert value.item() == pytest.approx(expected.item(), rel=2e-5, abs=1e-7)
             for a, b in zip(gradients(term, value, one), gradients(term, expected, wide), strict=True):
                 assert a.dtype == dtype

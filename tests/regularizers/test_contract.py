@@ -1,12 +1,14 @@
 """Every check of ``tests/contract.py`` on every regularizer, and mutants on which the checks fail."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import contract
 import pytest
 import torch
 from batches import NO_MEAN, average_vector_oracle, dive_oracle, pairwise_vector_oracle
-from contract import CHECKS, ELSEWHERE, MAPS, TERMS, Term, called, case, unchanged
+from contract import CHECKS, MAPS, OTHERS, TERMS, Term, called, case, unchanged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,8 +20,8 @@ every_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS.keys())
 
 
 def test_every_public_regularizer_declares_itself():
-    public = {name for name in regularizers.__all__ if issubclass(getattr(regularizers, name), nn.Module)}
-    assert public == set(TERMS) | set(ELSEWHERE)
+    public = {name for name in regularizers.__all__ if issubclass(getattr(regularizers, name), nn.Module)}  # not FeatureMaps
+    assert public == set(TERMS) | set(OTHERS)
     assert all(hasattr(geomreg, name) for name in public)
 
 
@@ -91,6 +93,31 @@ def test_update_before_compiles_too(build, update):
         eager.step()
         wrapped.step()
     torch.testing.assert_close(wrapped.mean, eager.mean, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_terms_that_look_at_no_embeddings(name):
+    """0-d, fp32 or wider, gradient, any student, no parameters of their own, autocast, copies, compiled, resumed."""
+    leaf = nn.Parameter(case(TERMS["DiVE"], 6, 4, dtype=torch.float32).student.image.detach())
+    term, inputs = OTHERS[name].build(leaf)
+    assert isinstance(term, geomreg.Regularizer)
+    assert tuple(getattr(term, "inputs", ())) == tuple(inputs)
+    assert not list(term.parameters())
+    value = term(None, None, **inputs)
+    assert value.shape == ()
+    assert value.dtype == torch.float32
+    value.backward()
+    assert leaf.grad.abs().max() > 0
+    assert torch.equal(term(Embeddings(torch.ones(2, 3)), None, **inputs), value)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(term(None, None, **inputs), value)
+    for twin in (copy.deepcopy(term), pickle.loads(pickle.dumps(term))):
+        assert torch.equal(twin(None, None, **inputs), value)
+    torch.testing.assert_close(torch.compile(term, fullgraph=True, backend="aot_eager")(None, None, **inputs), value)
+    term.load_state_dict(term.state_dict())
+    assert term.step() is None
+    assert torch.equal(term(None, None, **inputs), value)
 
 
 # mutants: the suite can fail ------------------------------------------------------------------------------------------

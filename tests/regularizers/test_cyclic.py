@@ -3,7 +3,7 @@
 import pytest
 import torch
 from batches import random_pair, rotation
-from golden_cases import cases, check, leaves, name_of
+from golden_cases import assert_value, case, cases, check, inputs, leaves, name_of
 
 from geomreg import CyclicConsistency, Embeddings
 from geomreg.functional import cyclic_loss
@@ -16,6 +16,14 @@ def test_golden(golden):
     arguments, hyper = leaves(golden), golden["hyper"]
     value = cyclic_loss(arguments["image"], arguments["text"], in_modal=hyper["cylambda1"], cross_modal=hyper["cylambda2"])
     check(golden, value, arguments, output="cyclic", prefix="cyclic__")
+
+
+def test_golden_with_augmented_views():
+    """The cyclic part looks at the first views alone."""
+    golden = case("cyclip", "inmodal_augmented_views")
+    arguments, hyper = inputs(golden), golden["hyper"]
+    image, text = arguments["image_first_half"], arguments["text_first_half"]
+    assert_value(golden, cyclic_loss(image, text, in_modal=hyper["cylambda1"], cross_modal=hyper["cylambda2"]), golden["outputs"]["cyclic"])
 
 
 def oracle(image, text, in_modal, cross_modal):
