@@ -22,6 +22,7 @@ from geomreg.regularizers import (
     TextEnergy,
     WeightAnchor,
 )
+from geomreg.step import backward
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings, Regularizer, Terms
 
@@ -51,5 +52,6 @@ __all__ = [
     "WeightAnchor",
     "WeightedSum",
     "alpha_sweep",
+    "backward",
     "interpolate",
 ]

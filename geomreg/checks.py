@@ -6,6 +6,7 @@ Every message reads ``<callable>: expected <what>, got <value>. <what to do>.``
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "check_bank",
     "check_callable",
     "check_choices",
+    "check_chunks",
     "check_count",
     "check_embeddings",
     "check_finite",
@@ -42,7 +44,9 @@ __all__ = [
     "check_positive",
     "check_same_ids",
     "check_same_keys",
+    "check_same_rows",
     "check_samples",
+    "check_scalar",
     "check_scale",
     "check_student",
     "check_weight",
@@ -195,6 +199,38 @@ def check_map_pair(name: str, student: Tensor, teacher: Tensor, axis: int) -> No
         )
     if not -student.ndim <= axis < student.ndim:
         raise ValueError(f"{name}: expected an axis of a map of shape {tuple(student.shape)}, got {axis}. Use -1 for channels.")
+
+
+def check_chunks(name: str, batch: Any) -> Any:
+    """A tensor, or a tuple, list or dict of tensors, of one length along dimension 0."""
+    tensors = [batch] if isinstance(batch, Tensor) else list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(tensors, (list, tuple)) or not tensors or not all(isinstance(value, Tensor) for value in tensors):
+        raise TypeError(f"{name}: expected batch as a tensor, or a tuple or dict of tensors, got {describe(batch)}. Collate it first.")
+    lengths = [len(value) if value.ndim else None for value in tensors]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise ValueError(
+            f"{name}: expected tensors with equally many samples along dimension 0, got {lengths}. Give towers of their own "
+            "length as parts."
+        )
+    return batch
+
+
+def check_same_rows(name: str, embeddings: Embeddings, rows: int) -> Embeddings:
+    """Every modality that is there has one row for each sample."""
+    for field, value in embeddings._asdict().items():
+        if value is not None and (value.ndim != 2 or len(value) != rows):
+            raise ValueError(
+                f"{name}: expected {field} embeddings of shape ({rows}, D) for {rows} samples, got {describe(value)}. "
+                "Row i must belong to sample i."
+            )
+    return embeddings
+
+
+def check_scalar(name: str, loss: Tensor) -> Tensor:
+    """A 0-d floating-point tensor."""
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        raise ValueError(f"{name}: expected loss_fn to return a 0-d floating-point tensor, got {describe(loss)}. Average over samples.")
+    return loss
 
 
 def check_inputs(name: str, given: Mapping[str, object], needed: Sequence[str], optional: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from batches import batch_mean, random_pair
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from geomreg import (
@@ -24,6 +26,7 @@ from geomreg import (
     SimilarityKL,
     Teacher,
     WeightedSum,
+    backward,
 )
 from geomreg.distributed import gathered_rows
 from geomreg.functional import contrastive_loss
@@ -151,6 +154,63 @@ def balanced_weight(ranks):
     return keep.balanced["fd"].weight
 
 
+class Scaled(Towers):
+    """Towers with a logit scale, which their forward does not use."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.logit_scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+
+def stepped(ranks, chunk_size, wrap=lambda model: model, declared=True):
+    """Gradients after a chunked regularizer and a chunked target loss, step by step."""
+    towers, teacher = Scaled(), Teacher(Towers(seed=1), lambda model, batch: model(*batch))
+    student, keep, replay, record = wrap(towers), DiVE(decay=0.5), ContrastiveReplay(), []
+    optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        target, reference = data(step, ranks), data(step + 50, ranks)
+        options = {"chunk_size": chunk_size, "model": student}
+
+        def encode(batch):
+            return student(*batch)
+
+        backward(encode, reference, lambda e, batch=reference: keep(e, teacher(batch)), sync=False, **options)
+        backward(
+            encode,
+            target,
+            lambda e: replay(e, logit_scale=towers.logit_scale.exp()),
+            parameters=[towers.logit_scale] if declared else [],
+            **options,
+        )
+        record.append(torch.cat([p.grad.flatten() for p in towers.parameters()]))
+        optimizer.step()
+        keep.step()
+    return record
+
+
+def undeclared(rank):
+    """What a chunked step says that forgets the logit scale."""
+    try:
+        stepped([rank], 2, DistributedDataParallel, declared=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def sharded(rank):
+    """Gradients of FSDP2 after one chunked step, put together again."""
+    towers = Scaled()
+    towers.logit_scale = nn.Parameter(towers.logit_scale.detach()[None])  # FSDP2 refuses 0-d parameters
+    fully_shard(towers, mesh=init_device_mesh("cpu", (RANKS,)))
+    batch = data(0, [rank])
+    replay = ContrastiveReplay()
+    backward(
+        lambda b: towers(*b), batch, lambda e: replay(e, logit_scale=2.0), chunk_size=3, model=towers,
+    )  # fmt: skip
+    return torch.cat([p.grad.full_tensor().flatten() for p in towers.parameters() if p.grad is not None])
+
+
 def work(rank, folder):
     """What each process does; the results go to a file."""
     torch.set_num_threads(1)
@@ -166,6 +226,9 @@ def work(rank, folder):
         result["spoiled"] = {name: uneven(TERMS[name], rank, spoiled=True) for name in STATEFUL}
         owners = {"average_vector": AverageVectorLoss, "dive": DiVE}
         result["absent"] = {(n, c): absent(partial(o, decay=0.0), rank, c) for n, o in owners.items() for c in (False, True)}
+        result["stepped"] = {size: stepped([rank], size, DistributedDataParallel) for size in (1, 3, 10)}
+        result["undeclared"] = undeclared(rank)
+        result["sharded"] = sharded(rank)
         result["balanced"] = balanced_weight([rank])
         result["refused"] = refused(AverageVectorLoss, rank)
         torch.save(result, folder / f"{rank}.pt")
@@ -255,6 +318,28 @@ def test_rank_without_a_batch_takes_the_others_mean(results, name, committed):
 
 def test_before_refuses_a_rank_without_a_batch(results):
     assert results[1]["refused"].startswith("AverageVectorLoss: expected a training forward on every process")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 10])
+def test_chunked_step_equals_one_process(results, chunk_size):
+    expected = stepped(range(RANKS), 100)
+    for step in range(STEPS):
+        for result in results:
+            close(result["stepped"][chunk_size][step], expected[step], 1e-6)  # the mean is fp32
+    close(results[0]["stepped"][chunk_size][0], expected[0], 1e-12)  # at the first step it is zero
+
+
+def test_undeclared_logit_scale_raises_on_every_rank(results):
+    """Without the error the ranks' scales would silently part."""
+    assert all(result["undeclared"].startswith("backward: expected every tensor that loss_fn uses") for result in results)
+
+
+def test_chunked_step_under_fsdp2(results):
+    towers, replay = Scaled(), ContrastiveReplay()
+    replay(towers(*data(0, range(RANKS))), logit_scale=2.0).backward()
+    expected = torch.cat([p.grad.flatten() for p in towers.parameters() if p.grad is not None])
+    for result in results:
+        close(result["sharded"], expected, 1e-12)
 
 
 def test_balanced_weight_equals_one_process(results):

@@ -1,0 +1,326 @@
+"""Exact gradients of losses over a whole batch at the memory of a chunk: an embedding-gradient cache over every term.
+
+GradCache (Gao et al., 2021, arXiv 2101.06983) for any encoder and any loss on embeddings: target losses and regularizers alike.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from geomreg.checks import check_chunks, check_count, check_same_rows, check_scalar, describe
+from geomreg.types import Embeddings
+
+__all__ = ["backward"]
+
+Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Encode = Callable[[Any], Embeddings]
+
+
+def backward(
+    encode: Encode | Sequence[tuple[Encode, Batch]],
+    batch: Batch | None,
+    loss_fn: Callable[..., Tensor],
+    *,
+    chunk_size: int,
+    model: nn.Module | None = None,
+    parameters: Sequence[Tensor] = (),
+    separable: bool = False,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    sync: bool = True,
+) -> Tensor:
+    """Add the gradient of ``loss_fn(encode(batch))`` to ``.grad``, holding the activations of one chunk at a time.
+
+    All chunks are encoded without graph; the loss and its gradient are taken on the embeddings of the whole batch; each chunk is
+    encoded again with graph, under the same random state, and the cached gradient pushed through. The result is that of
+    ``loss_fn(encode(batch)).backward()``, whatever the loss: contrastive losses see the whole batch. If one chunk holds the
+    batch it is encoded once. Call it once for the target loss and once for each regularizer's batch: their gradients add up and
+    their activations never coexist.
+
+    Args:
+        encode: ``encode(chunk) -> Embeddings``, row i of which belongs to row i of the chunk. Or a list of ``(encode, batch)`` parts,
+            whose embeddings are merged field by field and may have different lengths (images, and the unique texts among
+            their captions); ``batch`` then is None.
+        batch: tensor, or tuple, list or dict of tensors, with samples along dimension 0.
+        loss_fn: ``loss_fn(Embeddings) -> 0-d``; called once. With ``separable`` it is ``loss_fn(Embeddings, index)``, called for each chunk
+            with the rows of the batch that it holds.
+        chunk_size: samples at a time.
+        model: the ``DistributedDataParallel`` or FSDP2 module that ``encode`` runs, whose gradients are to be synchronised in the
+            last chunk alone; None in a single process.
+        parameters: tensors that require grad and that ``loss_fn`` uses outside of ``encode``, such as the logit scale. Their
+            gradient enters in the last chunk's backward pass, so that DDP sees it.
+        separable: the loss is a mean over samples: one pass, each chunk's loss weighted by its share of the batch.
+        scale: applied to the loss once, ``GradScaler.scale`` say.
+        sync: False on all but the last call of an optimizer step. Under DDP let that be the call that uses every parameter: the
+            target loss, whose logit scale a regularizer does not see.
+
+    Returns:
+        The loss: 0-d, detached, not scaled.
+
+    Raises:
+        ValueError: ``chunk_size`` < 1, tensors of different or zero length, embeddings of other rows, widths or modalities
+            between chunks, a loss that does not depend on the embeddings, a parameter that ``loss_fn`` uses and ``parameters`` lacks, a
+            loss that is not 0-d.
+        TypeError: ``encode`` returns no :class:`Embeddings`; the batch holds no tensors.
+        RuntimeError: a batch normalisation in training mode, whose statistics would be those of the chunks.
+
+        Whatever is refused is refused before any gradient is added.
+
+    Note:
+        Random numbers of torch are replayed, on the CPU and on the devices of the batch; those of Python and NumPy are not. A term
+        on feature maps cannot be chunked: its maps are activations.
+
+    Example:
+        >>> import torch
+        >>> from geomreg import Embeddings, backward
+        >>> from geomreg.functional import contrastive_loss
+        >>> encoder = torch.nn.Linear(4, 2)
+        >>> def encode(batch):
+        ...     return Embeddings(image=encoder(batch["image"]), text=encoder(batch["text"]))
+        >>> batch = {"image": torch.eye(6, 4), "text": torch.ones(6, 4)}
+        >>> loss = backward(encode, batch, lambda e: contrastive_loss(*e, logit_scale=1.0), chunk_size=2)
+        >>> loss.shape, encoder.weight.grad.shape
+        (torch.Size([]), torch.Size([2, 4]))
+    """
+    check_count("backward", "chunk_size", chunk_size, 1)
+    parts = _parts(encode, batch)
+    chunks = [
+        _Chunk(part, encoder, piece, start) for part, (encoder, one) in enumerate(parts) for start, piece in _chunked(one, chunk_size)
+    ]
+    if separable:
+        return _separable(parts, chunks, loss_fn, model, scale, sync)
+    if len(chunks) == len(parts):  # nothing to save
+        with torch.enable_grad(), _synchronised(model, sync):
+            embeddings = _merged([[_encoded(chunk)] for chunk in chunks])
+            loss = check_scalar("backward", loss_fn(embeddings))
+            _check_reached(loss, embeddings, None)
+            scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    devices = _devices(chunks)
+    states, encoded = [], [[] for _ in parts]  # type: ignore[var-annotated]
+    with torch.no_grad(), _refusing_batch_norm(model):
+        for chunk in chunks:
+            states.append(_random_state(devices))
+            encoded[chunk.part].append(_encoded(chunk))
+    after = _random_state(devices)
+    torch.clear_autocast_cache()  # weights that were cast without graph
+    leaves = Embeddings(*(None if value is None else value.detach().requires_grad_() for value in _merged(encoded)))
+    with torch.enable_grad():
+        loss = check_scalar("backward", loss_fn(leaves))
+        _check_reached(loss, leaves, parameters)
+        wanted = [value for value in leaves if value is not None]
+        found = torch.autograd.grad(scale(loss), [*wanted, *parameters], allow_unused=True)
+    cached = dict(zip([name for name, value in leaves._asdict().items() if value is not None], found, strict=False))
+    of_parameters = found[len(wanted) :]
+    offsets = _offsets(encoded)
+    for k, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
+        last = k == len(chunks) - 1
+        _set_random_state(state)
+        with torch.enable_grad(), _synchronised(model, sync and last):
+            terms = [
+                (value * gradient[offsets[k] : offsets[k] + len(value)].to(value.dtype)).sum()
+                for name, value in _encoded(chunk)._asdict().items()
+                if value is not None and (gradient := cached[name]) is not None
+            ]
+            if last:
+                terms += [(value * grad).sum() for value, grad in zip(parameters, of_parameters, strict=True) if grad is not None]
+            surrogate = torch.stack([term.to(loss.dtype) for term in terms]).sum()
+            surrogate.backward()  # type: ignore[no-untyped-call]
+    _set_random_state(after)
+    return loss.detach()
+
+
+class _Chunk(NamedTuple):
+    part: int
+    encode: Encode
+    batch: Any
+    start: int
+
+
+def _parts(encode: Encode | Sequence[tuple[Encode, Batch]], batch: Batch | None) -> list[tuple[Encode, Batch]]:
+    if callable(encode):
+        return [(encode, check_chunks("backward", batch))]
+    if batch is not None or not encode:
+        raise ValueError(
+            f"backward: expected parts as a list of (encode, batch) with batch=None, got {len(encode)} parts and {describe(batch)}. "
+            "Give each part its batch."
+        )
+    return [(one, check_chunks("backward", of_part)) for one, of_part in encode]
+
+
+def _rows(batch: Any) -> int:
+    tensors = [batch] if isinstance(batch, Tensor) else list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    return len(tensors[0])
+
+
+def _chunked(batch: Any, chunk_size: int) -> Iterator[tuple[int, Any]]:
+    """Start and content of each chunk, in the container of the batch."""
+    for start in range(0, _rows(batch), chunk_size):
+        part = slice(start, start + chunk_size)
+        if isinstance(batch, Tensor):
+            yield start, batch[part]
+        elif isinstance(batch, Mapping):
+            yield start, {key: value[part] for key, value in batch.items()}
+        else:
+            pieces = [value[part] for value in batch]
+            yield start, type(batch)(*pieces) if hasattr(batch, "_fields") else type(batch)(pieces)
+
+
+def _encoded(chunk: _Chunk) -> Embeddings:
+    embeddings = chunk.encode(chunk.batch)
+    if not isinstance(embeddings, Embeddings):
+        raise TypeError(f"backward: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. Wrap its result.")
+    return check_same_rows("backward", embeddings, _rows(chunk.batch))
+
+
+def _merged(encoded: list[list[Embeddings]]) -> Embeddings:
+    """Chunks of each part one under the other, parts side by side."""
+    fields: dict[str, Tensor] = {}
+    for of_part in encoded:
+        for name in Embeddings._fields:
+            values = [getattr(one, name) for one in of_part]
+            present = [value for value in values if value is not None]
+            if not present:
+                continue
+            if name in fields or len(present) != len(values) or len({value.shape[1:] for value in present}) > 1:
+                shapes = ", ".join(describe(value) for value in values[:3])
+                raise ValueError(
+                    f"backward: expected {name} embeddings of one width from every chunk of one part, got {shapes}. "
+                    "encode must do the same to each chunk."
+                )
+            fields[name] = present[0] if len(present) == 1 else torch.cat(present)
+    if not fields:
+        raise ValueError("backward: expected image or text embeddings, got None for both. Embed at least one modality.")
+    return Embeddings(**fields)
+
+
+def _offsets(encoded: list[list[Embeddings]]) -> list[int]:
+    """First row of each chunk in its part, in the order of the chunks."""
+    found = []
+    for of_part in encoded:
+        start = 0
+        for one in of_part:
+            found.append(start)
+            start += next(len(value) for value in one if value is not None)
+    return found
+
+
+def _check_reached(loss: Tensor, embeddings: Embeddings, parameters: Sequence[Tensor] | None) -> None:
+    """The loss depends on the embeddings and, where these are leaves, on no parameter that is not declared."""
+    reached = _leaves(loss)
+    if parameters is None:
+        if not loss.requires_grad:
+            raise ValueError("backward: expected a loss that depends on the embeddings, got one without gradient. Do not detach it.")
+        return
+    own = {id(value) for value in embeddings if value is not None}
+    if not own & set(reached):
+        raise ValueError("backward: expected a loss that depends on the embeddings, got one that does not. Use what loss_fn is given.")
+    declared = own | {id(value) for value in parameters}
+    undeclared = [value for key, value in reached.items() if key not in declared]
+    if undeclared:
+        raise ValueError(
+            f"backward: expected every tensor that loss_fn uses outside of encode in parameters, got {len(undeclared)} more that "
+            f"require grad, the first a {describe(undeclared[0])}. Pass parameters=[model.logit_scale], say; terms on feature maps "
+            "cannot be chunked."
+        )
+
+
+def _leaves(value: Tensor) -> dict[int, Tensor]:
+    """Leaf tensors that the graph of ``value`` reaches, by id."""
+    found, seen, queue = {}, set(), [value.grad_fn]
+    if value.grad_fn is None and value.requires_grad:
+        return {id(value): value}
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found[id(leaf)] = leaf
+        queue += [following for following, _ in node.next_functions]
+    return found
+
+
+def _separable(
+    parts: list[tuple[Encode, Batch]],
+    chunks: list[_Chunk],
+    loss_fn: Callable[..., Tensor],
+    model: nn.Module | None,
+    scale: Callable[[Tensor], Tensor],
+    sync: bool,
+) -> Tensor:
+    if len(parts) > 1:
+        raise ValueError(f"backward: expected one encode and batch with separable=True, got {len(parts)} parts. Encode both in one.")
+    rows, total = _rows(parts[0][1]), None
+    for k, chunk in enumerate(chunks):
+        share = _rows(chunk.batch) / rows
+        with torch.enable_grad(), _refusing_batch_norm(model, len(chunks) > 1), _synchronised(model, sync and k == len(chunks) - 1):
+            embeddings = _encoded(chunk)
+            device = next(value.device for value in embeddings if value is not None)
+            index = torch.arange(chunk.start, chunk.start + _rows(chunk.batch), device=device)
+            loss = share * check_scalar("backward", loss_fn(embeddings, index))
+            _check_reached(loss, embeddings, None)
+            scale(loss).backward()  # type: ignore[no-untyped-call]
+        total = loss.detach() if total is None else total + loss.detach()
+    if total is None:  # excluded by check_chunks
+        raise ValueError("backward")
+    return total
+
+
+@contextmanager
+def _refusing_batch_norm(model: nn.Module | None, chunked: bool = True) -> Iterator[None]:
+    """A batch normalisation that would normalise by a chunk's statistics raises before it runs."""
+
+    def refuse(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
+            names = [name for name, one in ([] if model is None else model.named_modules()) if one is module]
+            raise RuntimeError(
+                f"backward: expected no batch normalisation in training mode, got {type(module).__name__} "
+                f"{names[0] if names else module}: its statistics would be a chunk's. Put it in eval(), or raise chunk_size to the batch."
+            )
+
+    handle = register_module_forward_pre_hook(refuse) if chunked else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
+def _synchronised(model: nn.Module | None, sync: bool) -> Iterator[None]:
+    """Within, gradients of a DDP or FSDP2 module are reduced if ``sync``; else only added up."""
+    inner: AbstractContextManager[Any] = nullcontext()
+    if model is not None and hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(sync)  # type: ignore[operator]
+        model.set_is_last_backward(sync)  # type: ignore[operator]
+    elif model is not None and hasattr(model, "no_sync") and not sync:
+        inner = model.no_sync()  # type: ignore[operator]
+    with inner:
+        yield
+
+
+def _devices(chunks: list[_Chunk]) -> list[torch.device]:
+    """Accelerators of the batch's tensors."""
+    found = set()
+    for chunk in chunks:
+        batch = chunk.batch
+        tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+        found |= {value.device for value in tensors}
+    return [device for device in found if device.type == "cuda"]
+
+
+def _random_state(devices: list[torch.device]) -> tuple[Tensor, dict[torch.device, Tensor]]:
+    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+def _set_random_state(state: tuple[Tensor, dict[torch.device, Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    for device, of_device in state[1].items():
+        torch.cuda.set_rng_state(of_device, device)
