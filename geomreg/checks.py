@@ -6,15 +6,17 @@ Every message reads ``<callable>: expected <what>, got <value>. <what to do>.``
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geomreg.types import Embeddings
 
 __all__ = [
     "check_anchors",
+    "check_axis",
     "check_bank",
     "check_callable",
     "check_choices",
@@ -33,6 +35,7 @@ __all__ = [
     "check_mean",
     "check_modalities",
     "check_modality",
+    "check_module",
     "check_next",
     "check_number",
     "check_one_number",
@@ -42,6 +45,8 @@ __all__ = [
     "check_paired_embeddings",
     "check_pairs_present",
     "check_positive",
+    "check_prefixes",
+    "check_rows",
     "check_same_ids",
     "check_same_keys",
     "check_same_rows",
@@ -76,27 +81,33 @@ def check_matrix(name: str, label: str, value: object) -> Tensor:
     return value
 
 
-def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "", *, same_width: bool = True) -> None:
+def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "", *, same_width: bool = True, other: str = "teacher") -> None:
     """Student and teacher embeddings of the same samples: equal ``(B, D)``, one device, a constant teacher."""
     label = f"{modality} " if modality else ""
     check_matrix(name, f"{label}student", student)
-    check_matrix(name, f"{label}teacher", teacher)
+    check_matrix(name, f"{label}{other}", teacher)
     if len(student) != len(teacher) or (same_width and student.shape != teacher.shape):
         what = "shape" if same_width else "number of rows"
         raise ValueError(
-            f"{name}: expected {label}student and teacher embeddings of one {what}, got {tuple(student.shape)} and "
+            f"{name}: expected {label}student and {other} embeddings of one {what}, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Embed the same batch with both models."
         )
     if student.device != teacher.device:
         raise ValueError(
-            f"{name}: expected {label}student and teacher on one device, got {student.device} and {teacher.device}. "
-            "Move the teacher's embeddings."
+            f"{name}: expected {label}student and {other} on one device, got {student.device} and {teacher.device}. "
+            f"Move the {other}'s embeddings."
         )
     if teacher.requires_grad:
         raise ValueError(
-            f"{name}: expected {label}teacher embeddings without gradient, got a teacher that requires grad. "
+            f"{name}: expected {label}{other} embeddings without gradient, got a {other} that requires grad. "
             "Embed with geomreg.Teacher, under torch.no_grad(), or call .detach()."
         )
+
+
+def check_rows(name: str, embeddings: Tensor, minimum: int) -> None:
+    """Enough samples for a relation between them."""
+    if len(embeddings) < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} samples, got {len(embeddings)}. Use a larger batch.")
 
 
 def check_paired(name: str, image: Tensor, text: Tensor) -> None:
@@ -167,8 +178,15 @@ def check_callable(name: str, label: str, value: object, what: str) -> None:
         raise TypeError(f"{name}: expected {label} as a function {what}, got {describe(value)}. Pass a function.")
 
 
+def check_axis(name: str, axis: int) -> None:
+    """A whole number other than 0, the axis of the samples."""
+    if isinstance(axis, bool) or not isinstance(axis, Integral) or axis == 0:
+        raise ValueError(f"{name}: expected axis as a whole number other than 0, got {axis!r}. Use -1 for channels.")
+
+
 def check_layers(name: str, layers: Sequence[str], known: Mapping[str, object]) -> Sequence[str]:
     """At least one name of a layer, all known."""
+    layers = layers if isinstance(layers, (str, list, tuple)) else ()
     unknown = [] if isinstance(layers, str) else [layer for layer in layers if layer not in known]
     if isinstance(layers, str) or not layers or unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
@@ -197,7 +215,8 @@ def check_map_pair(name: str, student: Tensor, teacher: Tensor, axis: int) -> No
         raise ValueError(
             f"{name}: expected teacher maps without gradient, got some that require grad. Run the teacher under torch.no_grad()."
         )
-    if not -student.ndim <= axis < student.ndim:
+    check_axis(name, axis)
+    if not -student.ndim < axis < student.ndim:
         raise ValueError(f"{name}: expected an axis of a map of shape {tuple(student.shape)}, got {axis}. Use -1 for channels.")
 
 
@@ -284,10 +303,12 @@ def check_mean(name: str, mean: Tensor, width: int) -> None:
         raise ValueError(f"{name}: expected a constant mean, got one that requires grad. Call .detach() on it.")
 
 
-def check_embeddings(name: str, student: Embeddings, teacher: Embeddings | None, *, required: tuple[str, ...] = ()) -> Embeddings:
+def check_embeddings(
+    name: str, student: Embeddings, teacher: Embeddings | None, *, required: tuple[str, ...] = (), other: str = "teacher"
+) -> Embeddings:
     """Both arguments are ``Embeddings`` with the same modalities, at least one and all ``required``, and pass
-    :func:`check_pair`; returns the teacher's."""
-    for label, value in (("student", student), ("teacher", teacher)):
+    :func:`check_pair`; returns the teacher's, which messages call ``other``."""
+    for label, value in (("student", student), (other, teacher)):
         if not isinstance(value, Embeddings):
             raise TypeError(f"{name}: expected {label} as geomreg.Embeddings(image=, text=), got {describe(value)}. Wrap the tensors.")
     if teacher is None:  # excluded above; tells the type checker
@@ -295,13 +316,13 @@ def check_embeddings(name: str, student: Embeddings, teacher: Embeddings | None,
     for modality in Embeddings._fields:
         present = [getattr(value, modality) is not None for value in (student, teacher)]
         if present[0] != present[1]:
-            having, lacking = ("student", "teacher") if present[0] else ("teacher", "student")
+            having, lacking = ("student", other) if present[0] else (other, "student")
             raise ValueError(
                 f"{name}: expected {modality} embeddings from both models, got them from the {having} and None from the {lacking}. "
                 "Embed the same modalities with both."
             )
         if all(present):
-            check_pair(name, getattr(student, modality), getattr(teacher, modality), modality)
+            check_pair(name, getattr(student, modality), getattr(teacher, modality), modality, other=other)
     for modality in required:
         if getattr(student, modality) is None:
             raise ValueError(f"{name}: expected {modality} embeddings, got None. Embed them, or leave {modality!r} out of modalities.")
@@ -324,7 +345,7 @@ def check_modalities(name: str, modalities: tuple[str, ...] | None) -> tuple[str
     """None, or a non-empty choice of ``"image"`` and ``"text"`` as a tuple."""
     if modalities is None:
         return None
-    if isinstance(modalities, str) or not modalities or not set(modalities) <= set(Embeddings._fields):
+    if not isinstance(modalities, (tuple, list)) or not modalities or not set(modalities) <= set(Embeddings._fields):
         raise ValueError(f'{name}: expected modalities as a tuple of "image" and "text" or None, got {modalities!r}. Pass ("image",), say.')
     return tuple(modalities)
 
@@ -346,33 +367,49 @@ def check_option(name: str, option: str, value: object, allowed: tuple[object, .
         raise ValueError(f"{name}: expected {option} to be one of {choices}, got {value!r}. Choose one of these.")
 
 
-def check_fraction(name: str, option: str, value: float) -> None:
-    """``value`` lies in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected {option} between 0 and 1, got {value!r}. Pass a number in [0, 1].")
+def check_fraction(name: str, option: str, value: float, *, below_one: bool = False) -> None:
+    """``value`` lies in [0, 1], or in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1 or (below_one and value == 1):
+        end = "1)" if below_one else "1]"
+        raise ValueError(f"{name}: expected {option} between 0 and 1, got {value!r}. Pass a number in [0, {end}.")
+
+
+def check_module(name: str, label: str, value: object) -> None:
+    """``value`` is an ``nn.Module``."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected {label} as an nn.Module, got {describe(value)}. Pass the model.")
+
+
+def check_prefixes(name: str, option: str, prefixes: tuple[str, ...], known: Mapping[str, object]) -> None:
+    """A tuple of prefixes, each of some known name."""
+    if isinstance(prefixes, str) or not all(isinstance(prefix, str) for prefix in prefixes):
+        raise TypeError(f"{name}: expected {option} as a tuple of prefixes, got {prefixes!r}. Write ({prefixes!r},), say.")
+    for prefix in prefixes:
+        if not any(key.startswith(prefix) for key in known):
+            raise ValueError(f"{name}: expected {option} of parameters that there are, got {prefix!r}. See model.named_parameters().")
 
 
 def check_weight(name: str, option: str, value: float) -> None:
     """``value`` is a finite number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name}: expected {option} as a finite number >= 0, got {value!r}. Pass a plain number.")
 
 
 def check_positive(name: str, option: str, value: float) -> None:
     """``value`` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}: expected {option} as a finite number > 0, got {value!r}. Pass a plain number.")
 
 
 def check_count(name: str, option: str, value: int, minimum: int) -> None:
     """``value`` is a whole number of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name}: expected {option} as a whole number >= {minimum}, got {value!r}. Pass such a number.")
 
 
 def check_number(name: str, option: str, value: float) -> None:
     """``value`` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name}: expected {option} as a finite number, got {value!r}. Pass a plain number.")
 
 

@@ -61,6 +61,13 @@ class WeightedSum(nn.Module):
                 raise TypeError(
                     f"WeightedSum: expected {name} as an nn.Module with step(), got {describe(regularizer)}. Use a geomreg term."
                 )
+            if any(regularizer is one for one in self.regularizers.values()) or any(
+                weight is one for one in list(self.balanced.values())[:-1]
+            ):
+                raise ValueError(
+                    f"WeightedSum: expected a term and a balanced weight of its own for {name}, got one that another name has: it would "
+                    "step twice. Build a second one."
+                )
             self.regularizers[name] = regularizer
         self._schedule()
 

@@ -1,6 +1,7 @@
 """Weights that change over training, for :class:`geomreg.WeightedSum`: functions of the step number, or of gradient norms."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomreg.checks import check_count, check_fraction, check_positive, check_weight
+from geomreg.checks import check_count, check_fraction, check_positive, check_student, check_weight
 from geomreg.distributed import all_reduce_sum
 from geomreg.precision import apply_keeping_fp32
 from geomreg.types import Embeddings
@@ -17,6 +18,7 @@ from geomreg.types import Embeddings
 __all__ = ["BalancedWeight", "Cosine", "Linear", "Schedule", "Warmup"]
 
 Schedule = Callable[[int], float]
+_IDLE = 100  # steps without both gradients before the warning
 
 
 @dataclass(frozen=True)
@@ -127,21 +129,31 @@ class BalancedWeight(nn.Module):
         for option, value in (("ratio", ratio), ("initial", initial), ("cap", cap)):
             check_positive("BalancedWeight", option, value)
         check_count("BalancedWeight", "warmup", warmup, 1)
-        check_fraction("BalancedWeight", "decay", decay)
+        check_fraction("BalancedWeight", "decay", decay, below_one=True)
         self.ratio, self.initial, self.warmup, self.cap, self.decay = ratio, initial, warmup, cap, decay
         self.register_buffer("weight", torch.tensor(float(initial)))
         self.register_buffer("norms", torch.zeros(2))  # averages of the task's and the term's norm, not yet bias-corrected
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("pending", torch.zeros(2), persistent=False)  # squared norms since the last step
+        self.recorded: set[int] = set()  # which of the two came in since the last step
+        self._idle, self._warned = 0, False
 
     def watch(self, embeddings: Embeddings, role: str) -> Embeddings:
         """The embeddings, whose gradient's squared norm is recorded for ``"task"`` or ``"term"``."""
+        check_student("BalancedWeight", embeddings)
         index = ("task", "term").index(role)
-        return Embeddings(*(None if value is None else _Recorded.apply(value, self.pending, index) for value in embeddings))
+        return Embeddings(*(None if value is None else _Recorded.apply(value, self, index) for value in embeddings))
 
     @torch.no_grad()
     def step(self) -> None:
         """Average the norms of this step and move the weight; a step without both gradients, or with one not finite, counts for nothing."""
+        self._idle = 0 if len(self.recorded) == 2 else self._idle + 1
+        if self._idle >= _IDLE and not self._warned:
+            self._warned = True
+            lacking = (
+                "the task's: pass its embeddings through keep.watch_task" if 0 not in self.recorded else "the term's: it sees no embeddings"
+            )
+            warnings.warn(f"BalancedWeight: {_IDLE} steps without a gradient of {lacking}; the weight stands still.", stacklevel=4)
         task, term = all_reduce_sum(self.pending).sqrt().unbind()
         norms = torch.stack([task, term / self.weight])
         valid = norms.isfinite().all() & (norms > 0).all()
@@ -154,6 +166,7 @@ class BalancedWeight(nn.Module):
     def discard(self) -> None:
         """Drop what was recorded since the last step."""
         self.pending = torch.zeros_like(self.pending)
+        self.recorded.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BalancedWeight":
         apply_keeping_fp32(self, partial(super()._apply, fn, recurse))
@@ -167,12 +180,16 @@ class _Recorded(torch.autograd.Function):
     """Identity; adds the squared norm of its gradient to an entry of a buffer."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, pending: Tensor, index: int) -> Tensor:
-        ctx.pending, ctx.index = pending, index
+    def forward(ctx: Any, value: Tensor, owner: BalancedWeight, index: int) -> Tensor:
+        ctx.owner, ctx.index = owner, index
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        ctx.pending[ctx.index] += gradient.detach().float().square().sum()
+        owner = ctx.owner
+        if owner.pending.device != gradient.device:
+            owner.to(gradient.device)
+        owner.pending[ctx.index] += gradient.detach().float().square().sum()
+        owner.recorded.add(ctx.index)
         return gradient, None, None

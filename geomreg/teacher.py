@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_count, check_fraction, describe
-from geomreg.precision import at_least_fp32
 from geomreg.schedules import Schedule
 from geomreg.types import Embeddings
 
@@ -71,7 +70,8 @@ class Teacher(nn.Module):
             encode: as for the constructor.
 
         Raises:
-            ValueError: no adapters, merged adapters, adapters on attention, weights beside the adapters that require grad.
+            ValueError: no adapters, merged adapters, adapters on attention; and what would move with the student: weights beside the
+                adapters that require grad, PEFT's ``modules_to_save``, running statistics of a batch normalisation.
         """
         return _AdaptersOff(model, encode)
 
@@ -86,7 +86,7 @@ class Teacher(nn.Module):
     ) -> "Teacher":
         """An exponential moving average of the student: ``teacher <- m * teacher + (1 - m) * student`` in :meth:`step`.
 
-        Unlike a frozen copy it is saved: ``state_dict`` holds the average, in the precision it is kept in, and the number of steps.
+        Unlike a frozen copy it is saved: ``state_dict`` holds the average, in fp32 or wider even of a bf16 model, and the number of steps.
         Buffers that are not floating point are the student's.
 
         Args:
@@ -155,6 +155,12 @@ class _AdaptersOff(Teacher):
                 raise ValueError(
                     f"Teacher: expected every weight beside the adapters to be frozen, got {name!r}, which requires grad: the teacher "
                     "would move with it. Freeze it, or use a frozen copy."
+                )
+        for name, module in model.named_modules():
+            if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict) or getattr(module, "running_mean", None) is not None:
+                raise ValueError(
+                    f"Teacher: expected a model of which only adapters are trained, got {type(module).__name__} at {name!r}, whose "
+                    "trained copy or running statistics the teacher would share. Use a frozen copy, Teacher(model, encode)."
                 )
         self.encode = encode
         self._held = (model,)
@@ -228,6 +234,11 @@ class _Averaged(Teacher):
         check_count("Teacher", "every", every, 1)
         self.decay, self.every, self._steps = decay, every, 0
         self._student = (model,)
+        self._exact = {  # bf16 and fp16 would round small movements away
+            name: value.detach().float().clone()
+            for name, value in _named_tensors(self.model)
+            if value.dtype in (torch.bfloat16, torch.float16)
+        }
 
     @torch.no_grad()
     def step(self) -> None:
@@ -235,21 +246,48 @@ class _Averaged(Teacher):
             decay = self.decay(self._steps) if callable(self.decay) else self.decay
             check_fraction("Teacher", f"decay at step {self._steps}", decay)
             student = dict(_named_tensors(self._student[0]))
-            for name, mean in _named_tensors(self.model):
-                value = student[name].detach().to(mean.device)
-                if mean.is_floating_point():
-                    wide = at_least_fp32(mean)
-                    mean.copy_(torch.lerp(value.to(wide.dtype), wide, float(decay)))
+            for name, held in _named_tensors(self.model):
+                value = student[name].detach().to(held.device)
+                if held.is_floating_point():
+                    mean = self._exact.get(name, held).to(held.device)
+                    moved = torch.lerp(value.to(mean.dtype), mean, float(decay))
+                    held.copy_(moved)
+                    if name in self._exact:
+                        self._exact[name] = moved
                 else:
-                    mean.copy_(value)
+                    held.copy_(value)
         self._steps += 1
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"steps": torch.tensor(self._steps), "model": dict(self.model.state_dict())}
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "steps"] = torch.tensor(self._steps)
+        for name, value in _named_tensors(self.model):
+            destination[f"{prefix}average.{name}"] = self._exact.get(name, value).detach()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._steps = int(state["steps"])
-        self.model.load_state_dict(state["model"])
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if prefix + "steps" not in state_dict:
+            missing_keys.append(prefix + "steps")
+            return
+        self._steps = int(state_dict[prefix + "steps"])
+        with torch.no_grad():
+            for name, held in _named_tensors(self.model):
+                saved = state_dict.get(f"{prefix}average.{name}")
+                if saved is None:
+                    missing_keys.append(f"{prefix}average.{name}")
+                elif saved.shape != held.shape:
+                    error_msgs.append(f"Teacher: expected {name!r} of shape {tuple(held.shape)}, got {tuple(saved.shape)}.")
+                else:
+                    held.copy_(saved)
+                    if name in self._exact:
+                        self._exact[name] = saved.detach().float().clone()
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

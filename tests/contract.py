@@ -489,6 +489,26 @@ def not_a_number_propagates(term: Term) -> None:
         assert not called(term, term.build(), one).isfinite()
 
 
+def zero_rows_have_no_exploding_gradient(term: Term) -> None:
+    """Not of size 1 / eps, in fp16 too, where that would be infinite and GradScaler would skip every step."""
+    for dtype in (torch.float32, torch.float16):
+        one = case(term, dtype=dtype)
+        with torch.no_grad():
+            one.student.image[0] = 0
+        for gradient in gradients(term, called(term, term.build(), one), one):
+            assert gradient.isfinite().all()
+            assert gradient.abs().max() < 1e3
+
+
+def mixed_dtypes(term: Term) -> None:
+    """A wider teacher, or wider texts, are promoted to."""
+    one = case(term, dtype=torch.float32)
+    mixed = Case(one.student, both(one.teacher, Tensor.double), one.mean.double(), embeddings_of(one.inputs, Tensor.double))
+    value = called(term, term.build(), mixed)
+    assert value.item() == pytest.approx(called(term, term.build(), one).item(), rel=1e-4)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(term, value, mixed))
+
+
 def extremes_stay_finite(term: Term) -> None:
     """Zero, tiny and huge vectors, repeated rows."""
     for change in (lambda x: 0 * x, lambda x: 1e-20 * x, lambda x: 1e15 * x, lambda x: x[:1].expand_as(x).clone()):
@@ -603,6 +623,8 @@ CHECKS = [
     low_precision,
     zero_at_the_teacher,
     not_a_number_propagates,
+    zero_rows_have_no_exploding_gradient,
+    mixed_dtypes,
     extremes_stay_finite,
     live_teacher_is_refused,
     missing_modality,

@@ -69,6 +69,7 @@ def check(case: dict[str, Any], value: Tensor, arguments: dict[str, Tensor], *, 
     """Value and every recorded gradient, whose keys may carry a prefix for this output."""
     assert_value(case, value, case["outputs"][output])
     keys = {key.removeprefix(prefix) for key in case["grads"] if key.startswith(prefix)} & set(arguments)
+    assert keys or not case["grads"], f"none of the recorded gradients {list(case['grads'])} is among {list(arguments)}"
     if keys:
         value.backward()
         recorded = {key: case["grads"][prefix + key] for key in keys}

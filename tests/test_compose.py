@@ -8,6 +8,7 @@ from batches import gradients, random_pair
 
 from geomreg import (
     AverageVectorLoss,
+    ContextKL,
     ContrastiveReplay,
     DiVE,
     FeatureDistillation,
@@ -17,7 +18,7 @@ from geomreg import (
     Terms,
     WeightedSum,
 )
-from geomreg.schedules import Linear
+from geomreg.schedules import BalancedWeight, Linear
 
 
 def example():
@@ -142,14 +143,33 @@ def test_inputs_reach_the_terms_that_take_them():
     student, teacher = random_pair()
     texts = random_pair(6, seed=1)[1].text
     keep = WeightedSum(replay=(1.0, ContrastiveReplay()), zscl=(2.0, SimilarityKL()), dive=(3.0, DiVE()))
-    assert keep.inputs == ("logit_scale",)
-    assert set(keep.optional_inputs) == {"logit_bias", "labels", "texts"}
+    assert keep.inputs == ("logit_scale", "texts")
+    assert keep.optional_inputs == ("labels",)
     labels = torch.tensor([0, 0, 1, 2, 3])
     parts = keep.terms(student, teacher, logit_scale=5.0, labels=labels, texts=texts).parts
     torch.testing.assert_close(parts["replay"], ContrastiveReplay()(student, logit_scale=5.0, labels=labels).detach())
     torch.testing.assert_close(parts["zscl"], SimilarityKL()(student, teacher, logit_scale=5.0, texts=texts).detach())
     nested = WeightedSum(inner=(1.0, keep))
     torch.testing.assert_close(nested(student, teacher, logit_scale=5.0, texts=texts), keep(student, teacher, logit_scale=5.0, texts=texts))
+
+
+def test_terms_take_only_what_their_options_need():
+    """So terms of different kinds go together."""
+    student, teacher = random_pair()
+    texts = random_pair(6, seed=1)[1].text
+    keep = WeightedSum(
+        distilled=(1.0, SimilarityKL(against="batch")), contexts=(1.0, ContextKL()), softmax=(1.0, ContrastiveReplay()),
+        sigmoid=(1.0, ContrastiveReplay(form="sigmoid")),
+    )  # fmt: skip
+    assert keep(student, teacher, logit_scale=5.0, logit_bias=-1.0, texts=texts, labels=torch.arange(5)).isfinite()
+
+
+def test_shared_terms_are_refused():
+    term, weight = DiVE(), BalancedWeight(1.0)
+    with pytest.raises(ValueError, match=r"^WeightedSum: expected a term and a balanced weight of its own for two"):
+        WeightedSum(one=(1.0, term), two=(2.0, term))
+    with pytest.raises(ValueError, match=r"^WeightedSum: expected a term and a balanced weight of its own for two"):
+        WeightedSum(one=(weight, DiVE()), two=(weight, DiVE()))
 
 
 def test_wrong_inputs():

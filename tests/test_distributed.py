@@ -211,6 +211,14 @@ def sharded(rank):
     return torch.cat([p.grad.full_tensor().flatten() for p in towers.parameters() if p.grad is not None])
 
 
+def uneven_rows(rank):
+    """Gathered rows and the gradient that comes back, with two rows on rank 0 and five on rank 1."""
+    value = (torch.arange(2.0 + 3 * rank)[:, None] + 10 * rank).requires_grad_()
+    rows = gathered_rows(value)
+    (rows * torch.arange(7.0)[:, None] * (1 + rank)).sum().backward()
+    return rows.detach(), value.grad
+
+
 def work(rank, folder):
     """What each process does; the results go to a file."""
     torch.set_num_threads(1)
@@ -226,6 +234,7 @@ def work(rank, folder):
         result["spoiled"] = {name: uneven(TERMS[name], rank, spoiled=True) for name in STATEFUL}
         owners = {"average_vector": AverageVectorLoss, "dive": DiVE}
         result["absent"] = {(n, c): absent(partial(o, decay=0.0), rank, c) for n, o in owners.items() for c in (False, True)}
+        result["uneven rows"] = uneven_rows(rank)
         result["stepped"] = {size: stepped([rank], size, DistributedDataParallel) for size in (1, 3, 10)}
         result["undeclared"] = undeclared(rank)
         result["sharded"] = sharded(rank)
@@ -347,6 +356,13 @@ def test_balanced_weight_equals_one_process(results):
     assert torch.equal(*ranks)
     close(ranks[0], balanced_weight(range(RANKS)), 1e-5)
     assert (ranks[0] - balanced_weight([0])).abs() > 1e-3 * ranks[0]
+
+
+def test_rows_of_uneven_batches(results):
+    for rank, result in enumerate(results):
+        rows, gradient = result["uneven rows"]
+        assert rows.flatten().tolist() == [0, 1, 10, 11, 12, 13, 14]
+        assert gradient.flatten().tolist() == [3.0 * k for k in (range(2) if rank == 0 else range(2, 7))]
 
 
 def test_different_data_matters():

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def test_balanced_weight_is_fp32_whatever_the_module_is_cast_to():
     assert keep.weights["slope"] == before
 
 
+@pytest.mark.parametrize(("watched", "message"), [(False, "of the task's"), (True, "of the term's")])
+def test_weight_that_never_balances_warns_once(watched, message):
+    keep = WeightedSum(slope=(BalancedWeight(0.5), Slope(1.0)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(210):
+            student = random_pair()[0]
+            (Slope(1.0)(keep.watch_task(student)) if watched else keep(student)).backward()
+            keep.step()
+    assert len(caught) == 1
+    assert message in str(caught[0].message)
+
+
 def test_watching_changes_no_gradient_and_survives_missing_modalities():
     student, teacher = random_pair()
     keep = WeightedSum(fd=(BalancedWeight(1.0, initial=2.0), FeatureDistillation()))
@@ -162,6 +176,7 @@ def test_watching_changes_no_gradient_and_survives_missing_modalities():
         ({"cap": float("inf")}, "expected cap as a finite number > 0"),
         ({"warmup": 0}, "expected warmup as a whole number >= 1"),
         ({"decay": 1.5}, "expected decay between 0 and 1"),
+        ({"decay": 1.0}, "expected decay between 0 and 1"),
     ],
 )
 def test_bad_balance(options, message):

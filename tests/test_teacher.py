@@ -291,6 +291,28 @@ def test_bad_averages(options, message):
         averaged(student_model(), **options)
 
 
+def test_averaged_moves_in_bf16():
+    """A step of a thousandth is below bf16's rounding; the average is kept in fp32 and saved so."""
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    nn.init.zeros_(model.weight)
+    teacher = averaged(model, decay=0.999)
+    nn.init.ones_(model.weight)
+    for _ in range(1000):
+        teacher.step()
+    assert teacher.model.weight.dtype == torch.bfloat16
+    assert teacher.model.weight.item() == pytest.approx(1 - 0.999**1000, rel=0.005)
+    saved = teacher.state_dict()
+    assert saved["average.weight"].dtype == torch.float32
+    assert set(saved) == {"steps", "average.weight"}
+    resumed = averaged(copy.deepcopy(model), decay=0.999)
+    resumed.load_state_dict(saved)
+    teacher.step()
+    resumed.step()
+    assert torch.equal(resumed.state_dict()["average.weight"], teacher.state_dict()["average.weight"])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        resumed.load_state_dict({"steps": torch.tensor(1)})
+
+
 def test_frozen_teacher_does_not_move_in_step():
     model = student_model()
     teacher = Teacher(model, encode)
@@ -378,6 +400,17 @@ def test_adapters_that_cannot_be_switched_off():
     model, _ = adapted(bias="all")
     with pytest.raises(ValueError, match=r"^Teacher: expected every weight beside the adapters to be frozen"):
         Teacher.adapters_off(model, encode)
+
+
+def test_what_would_move_with_the_student_is_refused():
+    base = student_model("norm")
+    with pytest.raises(ValueError, match=r"^Teacher: expected a model of which only adapters are trained, got BatchNorm1d"):
+        Teacher.adapters_off(peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"], r=2)), encode)
+    saved = peft.get_peft_model(student_model("dropout"), peft.LoraConfig(target_modules=["0"], modules_to_save=["3"], r=2))
+    for parameter in saved.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^Teacher: expected a model of which only adapters are trained, got ModulesToSaveWrapper"):
+        Teacher.adapters_off(saved, encode)
 
 
 def test_adapters_on_attention_are_refused():

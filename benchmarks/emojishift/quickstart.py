@@ -40,8 +40,8 @@ from geomreg.integrations.quickstart.run import LEARNING_RATE, WARMUP_SHARE, Opt
 from geomreg.integrations.recipes.train import Settings
 
 RESULTS = Path(__file__).parent / "results"
-LEARNING_RATES = (1e-4, 2e-4, 4e-4)
-WEIGHTS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+WEIGHTS = (30.0, 100.0, 300.0, 1000.0)
 TUNED = ("food", "objects")  # concepts that the tuning saw, as target and as zero-shot task
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 STEPS = Options().steps

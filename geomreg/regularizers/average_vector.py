@@ -149,6 +149,8 @@ class AverageVectorLoss(nn.Module):
         for one, other in zip(student, teacher, strict=True):
             if one is None or other is None:
                 continue
+            for key in ("mean", "pending_sum", "pending_count"):  # a module that was not moved follows its embeddings
+                setattr(self, key, getattr(self, key).to(one.device))
             with full_precision(one):
                 self.pending_sum = self.pending_sum + (one.float() - other.float()).sum(dim=0)
             self.pending_count = self.pending_count + one.shape[0]

@@ -2,20 +2,27 @@
 
 from collections.abc import Iterable
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from geomreg.checks import check_embeddings, check_pairs_present, check_student
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.types import Embeddings
 
-__all__ = ["chosen", "pairs", "summed", "unit", "unit_rows"]
+__all__ = ["chosen", "pairs", "summed", "unit", "unit_along", "unit_rows"]
 
 
 def unit_rows(value: Tensor) -> Tensor:
-    """Each row divided by its L2 norm, in fp32 or wider; a zero row stays zero."""
+    """Each row divided by its L2 norm, in fp32 or wider; a zero row stays zero, and its gradient is zero."""
     with full_precision(value):
-        return F.normalize(at_least_fp32(value), dim=-1)
+        return unit_along(at_least_fp32(value), -1)
+
+
+def unit_along(value: Tensor, axis: int, eps: float = 0.0) -> Tensor:
+    """``value / (norm + eps)`` with norms along an axis; where the norm is 0 (not NaN) value and gradient are zero, not of size 1 / eps."""
+    norm: Tensor = torch.linalg.vector_norm(value, dim=axis, keepdim=True)
+    there = norm != 0
+    return torch.where(there, value, 0.0) / (torch.where(there, norm, 1.0) + eps)
 
 
 def unit(embeddings: Embeddings) -> Embeddings:
@@ -24,9 +31,15 @@ def unit(embeddings: Embeddings) -> Embeddings:
 
 
 def chosen(
-    name: str, modalities: tuple[str, ...] | None, normalize: bool, student: Embeddings, *references: Embeddings | None
+    name: str,
+    modalities: tuple[str, ...] | None,
+    normalize: bool,
+    student: Embeddings,
+    *references: Embeddings | None,
+    labels: tuple[str, ...] = ("teacher",),
 ) -> list[tuple[Tensor, ...]]:
-    """Student and references of each chosen modality, checked against each other; unit vectors if ``normalize``.
+    """Student and references of each chosen modality, checked against each other; unit vectors if ``normalize``. Messages call the
+    references by ``labels``.
 
     ``modalities=None`` takes those that are given.
     """
@@ -37,7 +50,10 @@ def chosen(
         return Embeddings(*(one if field in modalities else None for field, one in zip(Embeddings._fields, value, strict=True)))
 
     kept = reduced(student)
-    checked = [check_embeddings(name, kept, reduced(one), required=modalities or ()) for one in references]  # type: ignore[arg-type]
+    checked = [
+        check_embeddings(name, kept, reduced(one), required=modalities or (), other=label)  # type: ignore[arg-type]
+        for one, label in zip(references, labels, strict=True)
+    ]
     scaled = [unit(one) if normalize else one for one in (kept, *checked) if one is not None]
     return [tuple(row) for row in zip(*scaled, strict=True) if row[0] is not None]
 

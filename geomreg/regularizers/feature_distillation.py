@@ -117,7 +117,7 @@ def selective_distillation_loss(
         Yu et al., Select and Distill, ECCV 2024, arXiv 2403.09296; constants of the authors' configuration file.
     """
     name = "selective_distillation_loss"
-    check_pair(name, student, previous, "previous")
+    check_pair(name, student, previous, other="previous")
     check_pair(name, student, teacher)
     _check_selection(name, threshold, scale, previous_weight, teacher_weight)
     with full_precision(student):
@@ -150,7 +150,7 @@ def cosine_anchor_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Scale:
         Free of embedding units, between 0 and 2; averaged over B. Half of :func:`feature_distillation_loss` of unit
-        vectors. A zero vector counts as orthogonal to nothing: 1/2, with zero gradient from the other side.
+        vectors. A zero vector has no direction: 1/2 (1 - cos would be 1), and no gradient.
 
     Invariances:
         Permutation of samples; one orthogonal map applied to both; positive scaling of each vector.
@@ -252,7 +252,7 @@ class SelectiveDistillation(nn.Module):
         self.previous_weight, self.teacher_weight, self.normalize = previous_weight, teacher_weight, normalize
 
     def forward(self, student: Embeddings, teacher: Embeddings | None, *, previous: Embeddings) -> Tensor:
-        parts = chosen("SelectiveDistillation", self.modalities, self.normalize, student, previous, teacher)
+        parts = chosen("SelectiveDistillation", self.modalities, self.normalize, student, previous, teacher, labels=("previous", "teacher"))
         loss: Callable[..., Tensor] = selective_distillation_loss
         return summed(
             loss(

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from geomreg.checks import check_layers, check_map_pair, check_maps, check_positive
+from geomreg.checks import check_axis, check_layers, check_map_pair, check_maps, check_module, check_positive
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import summed
+from geomreg.regularizers.common import summed, unit_along
 from geomreg.types import Embeddings
 
 __all__ = ["FeatureMapDistance", "FeatureMaps", "feature_map_distance_loss"]
@@ -24,7 +23,8 @@ def feature_map_distance_loss(student: Sequence[Tensor], teacher: Sequence[Tenso
         student: L feature maps ``(B, ..., C)`` of the model in training; each receives gradient.
         teacher: L maps of the same inputs and layers by the frozen model; constant.
         axis: along which a vector is normalised. -1: the channels of each token. The authors normalise over axis 1, which
-            for ``(B, tokens, C)`` maps of a ViT are the tokens; pass ``axis=1`` for their numbers.
+            for ``(B, tokens, C)`` maps of a ViT are the tokens; pass ``axis=1`` for their numbers. It is also the
+            channel axis of ``(B, C, H, W)`` maps.
         eps: added to the norm.
 
     Returns:
@@ -59,23 +59,18 @@ def feature_map_distance_loss(student: Sequence[Tensor], teacher: Sequence[Tenso
 
     def distance(one: Tensor, other: Tensor) -> Tensor:
         with full_precision(one):
-            return (_normalized(at_least_fp32(one), axis, eps) - _normalized(at_least_fp32(other), axis, eps)).square().mean()
+            return (unit_along(at_least_fp32(one), axis, eps) - unit_along(at_least_fp32(other), axis, eps)).square().mean()
 
     for one, other in zip(student, teacher, strict=True):
         check_map_pair(name, one, other, axis)
     return summed(distance(one, other) for one, other in zip(student, teacher, strict=True)) / len(student)
 
 
-def _normalized(x: Tensor, axis: int, eps: float) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
-    return x / (norm + eps)
-
-
 class FeatureMaps:
     """Collects the outputs of some layers of a model while a context is open.
 
     Args:
-        model: any ``nn.Module``.
+        model: any ``nn.Module``. An output that a later layer changes in place is seen changed.
         layers: names as in ``model.named_modules()``; LDIFS takes ``ln_pre`` and blocks 3, 6, 9 and 12 of a ViT.
 
     Example:
@@ -88,6 +83,7 @@ class FeatureMaps:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        check_module("FeatureMaps", "model", model)
         known = dict(model.named_modules())
         self._modules = [known[layer] for layer in check_layers("FeatureMaps", layers, known)]
         self._found: dict[int, Tensor] = {}
@@ -134,6 +130,7 @@ class FeatureMapDistance(nn.Module):
     def __init__(self, *, axis: int = -1, eps: float = 1e-10) -> None:
         super().__init__()
         check_positive("FeatureMapDistance", "eps", eps)
+        check_axis("FeatureMapDistance", axis)
         self.axis, self.eps = axis, eps
 
     def forward(

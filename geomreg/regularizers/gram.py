@@ -32,7 +32,8 @@ def gram_loss(student: Tensor, teacher: Tensor, *, student_columns: Tensor | Non
 
     Scale:
         Fourth power of embedding units; averaged over the B^2 (or B B') entries, the diagonal included. For unit vectors a
-        mean squared change of cosine, at most 4. Time O(B D^2), memory O(B D + D^2).
+        mean squared change of cosine, at most 4. Time O(B D^2), memory O(B D + D^2). Rounding is relative to the shift U: under a large
+        rotation, which costs nothing, it is that of ``|U|^2`` (a pure rotation may give -1e-9 in fp32).
 
     Invariances:
         Permutation of samples; one orthogonal map of the student's rows and columns, or of the teacher's, each by itself (a

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_matrix, check_weight, check_width
-from geomreg.precision import at_least_fp32, full_precision
+from geomreg.precision import common_precision, full_precision
 from geomreg.types import Embeddings
 
 __all__ = ["ProjectionOrthogonality", "projection_orthogonality_loss"]
@@ -28,7 +28,7 @@ def projection_orthogonality_loss(image: Tensor, text: Tensor | None = None, *, 
         Norms, not squared, summed over entries: of the square of the weights. The gradient jumps at 0, where it is 0.
 
     Invariances:
-        One orthogonal map of the shared space; for the first norm also of each tower's features.
+        One orthogonal map of the shared space, and one of each tower's features.
 
     Raises:
         TypeError: not tensors, or not floating point.
@@ -52,7 +52,7 @@ def projection_orthogonality_loss(image: Tensor, text: Tensor | None = None, *, 
     check_weight(name, "cross", cross)
     check_weight(name, "orthogonal", orthogonal)
     with full_precision(image):
-        w = at_least_fp32(image)
+        w, *others = common_precision(*(value for value in (image, text) if value is not None))
         total = orthogonal * _norm(w.T @ w - torch.eye(w.shape[1], dtype=w.dtype, device=w.device))
         if text is None:
             if cross:
@@ -60,7 +60,7 @@ def projection_orthogonality_loss(image: Tensor, text: Tensor | None = None, *, 
             return total
         check_matrix(name, "text projection", text)
         check_width(name, Embeddings(image, text))
-        return total + cross * _norm(w @ at_least_fp32(text).T)
+        return total + cross * _norm(w @ others[0].T)
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geomreg.checks import check_count, check_modalities, check_pair
+from geomreg.checks import check_count, check_modalities, check_pair, check_rows
 from geomreg.distributed import gathered_rows
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.regularizers.common import chosen, summed
@@ -30,7 +30,8 @@ def relational_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         0-d tensor, fp32 or wider.
 
     Scale:
-        Free of units; averaged over all B^2 entries, of which the B on the diagonal are 0. Time O(B^2 D), memory O(B^2).
+        Free of units; averaged over all B^2 entries, of which the B on the diagonal are 0. Time O(B^2 D), memory O(B^2); on CUDA
+        the backward pass of ``torch.pdist`` takes O(B^2 D).
 
     Invariances:
         Permutation of samples; translation, orthogonal map and positive scaling of student or teacher, each by itself. It
@@ -54,7 +55,7 @@ def relational_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     name = "relational_distance_loss"
     check_pair(name, student, teacher, same_width=False)
-    check_count(name, "rows", len(student), 2)
+    check_rows(name, student, 2)
     with full_precision(student):
         one, other = (_relative_distances(at_least_fp32(value)) for value in (student, teacher))
         return 2 * F.smooth_l1_loss(one, other, reduction="sum") / len(student) ** 2  # both orders of each pair
@@ -108,20 +109,28 @@ def relational_angle_loss(student: Tensor, teacher: Tensor, *, max_triplets: int
     """
     name = "relational_angle_loss"
     check_pair(name, student, teacher, same_width=False)
-    check_count(name, "rows", len(student), 3)
-    rows = len(student)
-    triplets = rows * (rows - 1) * (rows - 2)
+    check_rows(name, student, 3)
     if max_triplets is not None:
         check_count(name, "max_triplets", max_triplets, 1)
+    return _angle_loss(student, teacher, None if max_triplets is None else _draws(max_triplets, seed))
+
+
+def _draws(count: int, seed: int) -> Tensor:
+    """``(3, count)`` numbers in [0, 1) that stand for triplets, whatever the number of rows."""
+    return torch.rand(3, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _angle_loss(student: Tensor, teacher: Tensor, draws: Tensor | None) -> Tensor:
+    rows = len(student)
+    triplets = rows * (rows - 1) * (rows - 2)
     with full_precision(student):
         spaces = [at_least_fp32(value) for value in (student, teacher)]
-        if max_triplets is None or triplets <= max_triplets:
+        if draws is None or triplets <= draws.shape[1]:
             one, other = (_angles(x) for x in spaces)
             return F.smooth_l1_loss(one, other, reduction="sum") / rows**3
-        generator = torch.Generator(device=student.device).manual_seed(seed)
-        vertex = torch.randint(rows, (max_triplets,), generator=generator, device=student.device)
-        first = (vertex + 1 + torch.randint(rows - 1, (max_triplets,), generator=generator, device=student.device)) % rows
-        second = torch.randint(rows - 2, (max_triplets,), generator=generator, device=student.device)
+        counts = torch.tensor([[rows], [rows - 1], [rows - 2]])
+        vertex, first, second = (draws * counts).long().to(student.device)
+        first = (vertex + 1 + first) % rows
         for taken in torch.stack([vertex, first]).sort(dim=0).values:  # the second-th row that is neither of the two
             second = second + (second >= taken).long()
         one, other = ((_directions(x[first] - x[vertex]) * _directions(x[second] - x[vertex])).sum(dim=-1) for x in spaces)
@@ -187,22 +196,30 @@ class RelationalAngle(nn.Module):
         check_count("RelationalAngle", "seed", seed, 0)
         self.max_triplets, self.seed, self.normalize = max_triplets, seed, normalize
         self._steps = 0
+        self._draw()
 
     def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
         parts = chosen("RelationalAngle", self.modalities, self.normalize, student, teacher)
         rows = [[gathered_rows(value, self.training) for value in part] for part in parts]
-        seed = self.seed + self._steps
-        return summed(relational_angle_loss(one, other, max_triplets=self.max_triplets, seed=seed) for one, other in rows)
+        for one, other in rows:
+            check_pair("RelationalAngle", one, other)
+            check_rows("RelationalAngle", one, 3)
+        return summed(_angle_loss(one, other, self._draws) for one, other in rows)
 
     def step(self) -> None:
         """Other triplets from now on."""
         self._steps += 1
+        self._draw()
+
+    def _draw(self) -> None:
+        self._draws = None if self.max_triplets is None else _draws(self.max_triplets, self.seed * 1_000_003 + self._steps)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self._steps)
 
     def set_extra_state(self, state: Tensor) -> None:
         self._steps = int(state)
+        self._draw()
 
     def extra_repr(self) -> str:
         return f"modalities={self.modalities}, max_triplets={self.max_triplets}, seed={self.seed}, normalize={self.normalize}"

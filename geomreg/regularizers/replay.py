@@ -1,7 +1,6 @@
 """Replay: the contrastive objective again, on reference pairs or retrieved anchors (FLYP + replay; ARF, arXiv 2404.06244)."""
 
 from importlib.util import find_spec
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from geomreg.blocked import row_blocked
 from geomreg.checks import (
     check_bank,
     check_count,
+    check_finite,
     check_labels,
     check_matrix,
     check_one_number,
@@ -20,7 +20,7 @@ from geomreg.checks import (
     describe,
 )
 from geomreg.distributed import gathered_rows
-from geomreg.precision import at_least_fp32, full_precision
+from geomreg.precision import at_least_fp32, common_precision, full_precision, one_number
 from geomreg.regularizers.common import pairs
 from geomreg.types import Embeddings
 
@@ -39,7 +39,7 @@ def contrastive_loss(image: Tensor, text: Tensor, *, logit_scale: float | Tensor
         logit_scale: exponentiated scale s, a positive number or one number in a tensor; receives gradient.
         labels: what counts as a pair. None: the diagonal alone, as FLYP does even where captions repeat. ``(B,)``
             integers: texts of the same label are positives in equal shares. ``(B, B)`` floating point: soft labels, which
-            are divided by their row sums (for texts, column sums).
+            are divided by their row sums (for texts, column sums), which must be positive.
 
     Returns:
         0-d tensor, fp32 or wider.
@@ -73,8 +73,8 @@ def contrastive_loss(image: Tensor, text: Tensor, *, logit_scale: float | Tensor
     check_scale(name, "logit_scale", logit_scale)
     check_labels(name, labels, len(image), matrix=True)
     with full_precision(image):
-        z, t = at_least_fp32(image), at_least_fp32(text)
-        scale = torch.as_tensor(logit_scale, dtype=z.dtype, device=z.device)
+        z, t = common_precision(image, text)
+        scale = one_number(logit_scale, z)
         indices = torch.arange(len(z), device=z.device)
 
         def rows(z: Tensor, wanted: Tensor, t: Tensor, scale: Tensor, all_labels: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ def sigmoid_contrastive_loss(image: Tensor, text: Tensor, *, logit_scale: float 
     check_scale(name, "logit_scale", logit_scale)
     check_one_number(name, "logit_bias", logit_bias)
     with full_precision(image):
-        z, t = at_least_fp32(image), at_least_fp32(text)
-        scale, bias = (torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in (logit_scale, logit_bias))
+        z, t = common_precision(image, text)
+        scale, bias = one_number(logit_scale, z), one_number(logit_bias, z)
         indices = torch.arange(len(z), device=z.device)
 
         def rows(z: Tensor, index: Tensor, t: Tensor, indices: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -154,17 +154,17 @@ def retrieve_anchors(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int =
         queries: ``(Q, D)`` embeddings of target images or texts.
         bank: ``(N, D)`` embeddings of the pool by the same model; may be memory-mapped on the CPU.
         k: at most N.
-        chunk_size: rows of the bank at a time; memory is O(Q (k + chunk_size)).
-        backend: ``"torch"``, ``"faiss"`` (a flat inner-product index), or ``"auto"``: faiss if it is installed and both are on
-            the CPU. The result is the same, but for rounding.
+        chunk_size: rows of the bank at a time; memory is O(Q (k + chunk_size)) and one chunk of the bank in fp32.
+        backend: ``"torch"``, ``"faiss"`` (a flat inner-product index for each chunk), or ``"auto"``: faiss if it is installed and
+            both are on the CPU. The result is the same, but for rounding.
 
     Returns:
         ``(Q, k)`` similarities in falling order, and ``(Q, k)`` rows of the bank; of equal similarities the lower row first
         (which of several equal ones comes k-th is not defined).
 
     Raises:
-        ValueError: shapes or devices differ, ``k`` above N or below 1, an empty bank, unknown backend.
-        RuntimeError: ``"faiss"`` is not installed.
+        ValueError: shapes or devices differ, ``k`` above N or below 1, an empty bank, NaN or infinity, unknown backend.
+        RuntimeError: ``"faiss"`` is not installed, or the tensors are not on the CPU.
 
     Example:
         >>> import torch
@@ -178,12 +178,18 @@ def retrieve_anchors(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int =
     check_option(name, "backend", backend, ("auto", "torch", "faiss"))
     if k > len(bank):
         raise ValueError(f"{name}: expected k of at most {len(bank)}, the rows of the bank, got {k}. Lower k or enlarge the bank.")
-    if backend == "faiss" or (backend == "auto" and find_spec("faiss") is not None and bank.device.type == "cpu"):
-        scores, indices = _faiss_search(queries, bank, k, chunk_size)
-    else:
-        scores, indices = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    if backend == "faiss" and bank.device.type != "cpu":
+        raise RuntimeError(f'{name}: expected tensors on the CPU for faiss, got {bank.device}. Move them, or use backend="torch".')
+    with_faiss = backend == "faiss" or (backend == "auto" and find_spec("faiss") is not None and bank.device.type == "cpu")
+    search = _faiss_search if with_faiss else _torch_search
+    wide = at_least_fp32(queries)
+    check_finite(name, "query embeddings", wide)
+    scores, indices = wide.new_empty(len(wide), 0), torch.empty(len(wide), 0, dtype=torch.long, device=wide.device)
+    with full_precision(wide):
         for start in range(0, len(bank), chunk_size):
-            found, rows = (queries @ bank[start : start + chunk_size].T).topk(min(k, len(bank) - start, chunk_size), dim=1)
+            part = bank[start : start + chunk_size].to(wide.dtype)
+            check_finite(name, "bank embeddings", part)
+            found, rows = search(wide, part, min(k, len(part)))
             scores, indices = torch.cat([scores, found], dim=1), torch.cat([indices, rows + start], dim=1)
             scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
             indices = indices.gather(1, best)
@@ -192,16 +198,20 @@ def retrieve_anchors(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int =
     return scores, indices.gather(1, best)
 
 
-def _faiss_search(queries: Tensor, bank: Tensor, k: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _torch_search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    scores, rows = (queries @ bank.T).topk(k, dim=1)
+    return scores, rows
+
+
+def _faiss_search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     try:
         import faiss  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise RuntimeError('retrieve_anchors: expected faiss, got none. Run pip install faiss-cpu, or use backend="torch".') from error
     index = faiss.IndexFlatIP(bank.shape[1])
-    for start in range(0, len(bank), chunk_size):
-        index.add(bank[start : start + chunk_size].float().numpy())
-    scores, indices = index.search(queries.float().numpy(), k)
-    return torch.from_numpy(scores).to(queries), torch.from_numpy(indices)
+    index.add(bank.float().contiguous().numpy())
+    scores, rows = index.search(queries.float().contiguous().numpy(), k)
+    return torch.from_numpy(scores).to(queries), torch.from_numpy(rows)
 
 
 class ContrastiveReplay(nn.Module):
@@ -215,13 +225,12 @@ class ContrastiveReplay(nn.Module):
         normalize: divide embeddings by their L2 norm first.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("logit_scale",)
-    optional_inputs: ClassVar[tuple[str, ...]] = ("logit_bias", "labels")
-
     def __init__(self, *, form: str = "softmax", normalize: bool = True) -> None:
         super().__init__()
         check_option("ContrastiveReplay", "form", form, ("softmax", "sigmoid"))
         self.form, self.normalize = form, normalize
+        self.inputs: tuple[str, ...] = ("logit_scale",) if form == "softmax" else ("logit_scale", "logit_bias")
+        self.optional_inputs: tuple[str, ...] = ("labels",) if form == "softmax" else ()
 
     def forward(
         self,

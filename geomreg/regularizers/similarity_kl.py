@@ -1,15 +1,12 @@
 """Similarities to reference embeddings keep the teacher's distribution (ZSCL, arXiv 2303.06628; open_clip; StarFT)."""
 
-from typing import ClassVar
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geomreg.blocked import row_blocked
 from geomreg.checks import check_bank, check_choices, check_mask, check_option, check_pair, check_positive, check_scale, describe
 from geomreg.distributed import gathered_rows
-from geomreg.precision import at_least_fp32, full_precision
+from geomreg.precision import common_precision, full_precision, one_number
 from geomreg.regularizers.common import chosen, summed, unit_rows
 from geomreg.types import Embeddings
 
@@ -94,11 +91,10 @@ def similarity_kl_loss(
     check_mask(name, "exclude", exclude, (len(student), len(reference)))
 
     with full_precision(student):
-        z, z_teacher, r = at_least_fp32(student), at_least_fp32(teacher), at_least_fp32(reference)
-        r_teacher = r.detach() if teacher_reference is None else at_least_fp32(teacher_reference)
-        scale = torch.as_tensor(logit_scale, dtype=z.dtype, device=z.device) / temperature
-        other = logit_scale if teacher_logit_scale is None else teacher_logit_scale
-        teacher_scale = torch.as_tensor(other, dtype=z.dtype, device=z.device).detach() / temperature
+        constant = reference.detach() if teacher_reference is None else teacher_reference
+        z, z_teacher, r, r_teacher = common_precision(student, teacher, reference, constant)
+        scale = one_number(logit_scale, z) / temperature
+        teacher_scale = one_number(logit_scale if teacher_logit_scale is None else teacher_logit_scale, z).detach() / temperature
 
         def rows(z: Tensor, z_teacher: Tensor, *rest: Tensor) -> Tensor:
             *excluded, r, r_teacher, scale, teacher_scale = rest
@@ -130,9 +126,6 @@ class SimilarityKL(nn.Module):
         normalize: divide embeddings by their L2 norm first.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("logit_scale",)
-    optional_inputs: ClassVar[tuple[str, ...]] = ("texts",)
-
     def __init__(
         self,
         *,
@@ -153,6 +146,7 @@ class SimilarityKL(nn.Module):
         self.directions = check_choices(name, "directions", directions, ("rows", "columns"))
         self.against, self.temperature, self.form, self.normalize = against, temperature, form, normalize
         self.teacher_logit_scale = teacher_logit_scale
+        self.inputs: tuple[str, ...] = ("logit_scale", "texts") if against == "texts" else ("logit_scale",)
 
     def forward(
         self, student: Embeddings, teacher: Embeddings | None, *, logit_scale: float | Tensor, texts: Tensor | None = None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_bank, check_callable, check_count, check_pair, check_scale, describe
-from geomreg.precision import at_least_fp32, full_precision
+from geomreg.precision import common_precision, full_precision, one_number
 from geomreg.regularizers.common import chosen, unit_rows
 from geomreg.regularizers.similarity_kl import similarity_kl_loss
 from geomreg.types import Embeddings
@@ -57,9 +57,9 @@ def text_energy_loss(image: Tensor, teacher_image: Tensor, texts: Tensor, *, log
     check_bank(name, "texts", texts, image, constant=True)
     check_scale(name, "logit_scale", logit_scale)
     with full_precision(image):
-        shift = at_least_fp32(image) - at_least_fp32(teacher_image)  # (B, D): no logit is formed that could cancel
-        scale = torch.as_tensor(logit_scale, dtype=shift.dtype, device=shift.device).reshape(())
-        return (scale * shift @ at_least_fp32(texts).T).square().mean() / 2
+        z, z_teacher, bank = common_precision(image, teacher_image, texts)
+        shift = z - z_teacher  # (B, D): no logit is formed that could cancel
+        return (one_number(logit_scale, shift) * shift @ bank.T).square().mean() / 2
 
 
 def context_kl_loss(image: Tensor, teacher_image: Tensor, contexts: Tensor, *, logit_scale: float | Tensor) -> Tensor:
@@ -148,9 +148,6 @@ class TextEnergy(nn.Module):
     The number of steps so far is part of ``state_dict``: a resumed run draws on.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("logit_scale",)
-    optional_inputs: ClassVar[tuple[str, ...]] = ("texts",)
-
     def __init__(
         self,
         encode_text: Callable[[Tensor], Tensor] | None = None,
@@ -174,9 +171,12 @@ class TextEnergy(nn.Module):
             check_count(name, option, value, 0)
         if context_length is not None:
             check_count(name, "context_length", context_length, length + 2)
-        self.encode_text, self.count, self.length, self.vocabulary = encode_text, count, length, vocabulary
+        self.inputs: tuple[str, ...] = ("logit_scale", "texts") if encode_text is None else ("logit_scale",)
+        self._encode = (encode_text,)  # in a tuple: a module would be registered, and its tower saved and trained
+        self.count, self.length, self.vocabulary = count, length, vocabulary
         self.start, self.end, self.context_length, self.seed, self.normalize = start, end, context_length, seed, normalize
         self._steps = 0
+        self._tokens = self.random_tokens()
         self._drawn: Tensor | None = None
 
     def forward(
@@ -184,7 +184,7 @@ class TextEnergy(nn.Module):
     ) -> Tensor:
         name = "TextEnergy"
         ((image, teacher_image),) = chosen(name, ("image",), self.normalize, student, teacher)
-        if (texts is None) == (self.encode_text is None):
+        if (texts is None) == (self._encode[0] is None):
             got = "neither" if texts is None else "both"
             raise ValueError(f"{name}: expected texts or encode_text, got {got}. Pass texts=, or construct with encode_text.")
         bank = check_bank(name, "texts", self.random_texts(image) if texts is None else texts, image, constant=True)
@@ -192,7 +192,7 @@ class TextEnergy(nn.Module):
 
     def random_tokens(self) -> Tensor:
         """``(M, L)`` token ids of this step, on the CPU."""
-        generator = torch.Generator().manual_seed(self.seed + self._steps)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._steps)
         body = torch.randint(self.vocabulary, (self.count, self.length), generator=generator)
         tokens = nn.functional.pad(nn.functional.pad(body, (1, 0), value=self.start), (0, 1), value=self.end)
         padding = 0 if self.context_length is None else self.context_length - tokens.shape[1]
@@ -201,22 +201,24 @@ class TextEnergy(nn.Module):
     @torch.no_grad()
     def random_texts(self, like: Tensor) -> Tensor:
         """Embeddings of this step's random texts on the device of ``like``; encoded once a step."""
-        if self.encode_text is None:
+        (encode_text,) = self._encode
+        if encode_text is None:
             raise ValueError("TextEnergy: expected encode_text for random texts, got None. Construct with it.")
         if self._drawn is None or self._drawn.device != like.device:
-            self._drawn = self.encode_text(self.random_tokens().to(like.device)).detach()
+            self._drawn = encode_text(self._tokens.to(like.device)).detach()
         return self._drawn
 
     def step(self) -> None:
         """Other texts from now on."""
         self._steps += 1
-        self._drawn = None
+        self._tokens, self._drawn = self.random_tokens(), None
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self._steps)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._steps, self._drawn = int(state), None
+        self._steps = int(state)
+        self._tokens, self._drawn = self.random_tokens(), None
 
     def extra_repr(self) -> str:
         return f"count={self.count}, length={self.length}, seed={self.seed}, normalize={self.normalize}"

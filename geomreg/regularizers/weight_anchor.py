@@ -1,15 +1,17 @@
 """Weights stay near their start: L2-SP (arXiv 1802.01483), and EWC with a Fisher diagonal (arXiv 1612.00796)."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from geomreg.checks import check_anchors
-from geomreg.precision import at_least_fp32
+from geomreg.checks import check_anchors, check_module, check_prefixes
+from geomreg.precision import apply_keeping_fp32, at_least_fp32
 from geomreg.regularizers.common import summed
 from geomreg.types import Embeddings
 
@@ -66,7 +68,7 @@ def weight_anchor_loss(
     return summed(term(key, value) for key, value in parameters.items()) / 2
 
 
-def fisher_diagonal(model: nn.Module, loss: Callable[[Callable[..., Any], Any], Tensor], batches: Iterable[Any]) -> dict[str, Tensor]:
+def fisher_diagonal(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: Iterable[Any]) -> dict[str, Tensor]:
     """Empirical Fisher diagonal: the mean over samples of each weight's squared gradient, of one sample at a time.
 
     Args:
@@ -88,9 +90,26 @@ def fisher_diagonal(model: nn.Module, loss: Callable[[Callable[..., Any], Any], 
     if not parameters:
         raise ValueError("fisher_diagonal: expected parameters that require grad, got none. Unfreeze what is to be anchored.")
 
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(f"fisher_diagonal: expected no batch normalisation in training mode, got {name!r}. Call model.eval() first.")
+
+    class OfSample(nn.Module):
+        """Calls the loss with the model itself, whose weights functional_call exchanges."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, sample: Any) -> Tensor:
+            return loss(self.model, sample)
+
+    of_sample = OfSample()
+
     def one(weights: dict[str, Tensor], sample: Any) -> Tensor:
         alone = tree_map(lambda value: value[None], sample)
-        return loss(lambda *arguments, **options: functional_call(model, weights, arguments, options), alone)
+        found: Tensor = functional_call(of_sample, {f"model.{key}": value for key, value in weights.items()}, (alone,))
+        return found
 
     of_samples = vmap(grad(one), in_dims=(None, 0), randomness="different")
     totals = {key: torch.zeros_like(at_least_fp32(value)) for key, value in parameters.items()}
@@ -103,6 +122,23 @@ def fisher_diagonal(model: nn.Module, loss: Callable[[Callable[..., Any], Any], 
     if not samples:
         raise ValueError("fisher_diagonal: expected samples, got no batch. Pass a data loader with data.")
     return {key: value / samples for key, value in totals.items()}
+
+
+class _Values(nn.Module):
+    """Clones of tensors by name, saved; whatever ``.to(dtype)`` does, they stay the values they were."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.keys = {name: name.replace(".", "/") for name in values}  # buffers cannot have a dot in their name
+        for name, key in self.keys.items():
+            self.register_buffer(key, values[name].detach().clone())
+
+    def named(self) -> dict[str, Tensor]:
+        return {name: getattr(self, key) for name, key in self.keys.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Values":
+        apply_keeping_fp32(self, partial(super()._apply, fn, recurse))
+        return self
 
 
 class WeightAnchor(nn.Module):
@@ -119,25 +155,21 @@ class WeightAnchor(nn.Module):
 
     def __init__(self, model: nn.Module, *, fisher: Mapping[str, Tensor] | None = None, exclude: tuple[str, ...] = ()) -> None:
         super().__init__()
-        parameters = {key: value for key, value in model.named_parameters() if value.requires_grad and not key.startswith(tuple(exclude))}
+        check_module("WeightAnchor", "model", model)
+        live = {key: value for key, value in model.named_parameters() if value.requires_grad}
+        check_prefixes("WeightAnchor", "exclude", exclude, live)
+        parameters = {key: value for key, value in live.items() if not key.startswith(tuple(exclude))}
         check_anchors("WeightAnchor", "anchors", parameters, parameters, constant=False)
         self._held = (parameters,)  # in a tuple, so that nn.Module does not register them
-        self.anchors, self.fisher = nn.Module(), None if fisher is None else nn.Module()
-        for key, value in parameters.items():
-            self.anchors.register_buffer(key.replace(".", "/"), value.detach().clone())
-        if fisher is not None and self.fisher is not None:
+        self.anchors, self.fisher = _Values(parameters), None
+        if fisher is not None:
             importances = {key: fisher[key] for key in parameters if key in fisher}
             check_anchors("WeightAnchor", "fisher", parameters, importances)
-            for key, importance in importances.items():
-                self.fisher.register_buffer(key.replace(".", "/"), importance.detach().clone())
+            self.fisher = _Values(importances)
 
     def forward(self, student: Embeddings | None = None, teacher: Embeddings | None = None) -> Tensor:
         (parameters,) = self._held
-
-        def of(part: nn.Module) -> dict[str, Tensor]:
-            return {key.replace("/", "."): value for key, value in part.named_buffers()}
-
-        return weight_anchor_loss(parameters, of(self.anchors), fisher=None if self.fisher is None else of(self.fisher))
+        return weight_anchor_loss(parameters, self.anchors.named(), fisher=None if self.fisher is None else self.fisher.named())
 
     def step(self) -> None:
         """Nothing to commit: the anchors stay."""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import geomreg
-from geomreg import AverageVectorLoss, DiVE, Embeddings, regularizers
+from geomreg import AverageVectorLoss, DiVE, Embeddings, RelationalAngle, TextEnergy, regularizers
+from geomreg.checks import check_embeddings
 
 every_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS.keys())
 
@@ -62,7 +63,7 @@ def test_function_equals_loop(name, oracle, rows, width):
 @pytest.mark.parametrize(("rows", "width"), [(1, 63), (2, 1), (2, 512), (129, 63)])
 def test_odd_shapes(term, rows, width):
     if rows < term.rows:
-        with pytest.raises(ValueError, match="expected rows as a whole number"):
+        with pytest.raises(ValueError, match=r"expected at least [23] samples"):
             called(term, term.build(), case(term, rows, width))
     else:
         assert called(term, term.build(), case(term, min(rows, 40) if term is TERMS["RelationalAngle"] else rows, width)).isfinite()
@@ -120,6 +121,28 @@ def test_terms_that_look_at_no_embeddings(name):
     assert torch.equal(term(None, None, **inputs), value)
 
 
+@pytest.mark.parametrize("name", ["drawn triplets", "random texts"])
+def test_random_draws_compile_into_one_graph_over_steps(name):
+    table = torch.randn(49_408, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def build():
+        if name == "drawn triplets":
+            return RelationalAngle(max_triplets=5)
+        return TextEnergy(lambda tokens: table[tokens].mean(dim=1), count=4)
+
+    eager, wrapped = build(), build()
+    compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
+    inputs, values = ({} if name == "drawn triplets" else {"logit_scale": 2.0}), []
+    one = case(TERMS["DiVE"])
+    for _ in range(3):
+        expected = eager(one.student, one.teacher, **inputs)
+        torch.testing.assert_close(compiled(one.student, one.teacher, **inputs), expected, rtol=1e-10, atol=1e-14)
+        values.append(expected.item())
+        eager.step()
+        wrapped.step()
+    assert len(set(values)) == 3
+
+
 # mutants: the suite can fail ------------------------------------------------------------------------------------------
 
 
@@ -132,6 +155,8 @@ class Mutant(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, student, teacher):
+        if self.fault != "teacher gradient":
+            check_embeddings("Mutant", student, teacher)
         if self.normalize and self.fault != "ignored option":
             student, teacher = (Embeddings(*(x / x.norm(dim=1, keepdim=True) for x in one)) for one in (student, teacher))
         total = 0.0
@@ -184,7 +209,14 @@ def test_mutants_fail(fault, check):
 def test_the_mutants_base_passes():
     """So the faults are what the checks see."""
     sound = replace(TERMS["FeatureDistillation"], build=lambda **options: Mutant("none", **options))
-    for check in (contract.shape_and_gradient, contract.module_is_the_function, contract.separability, contract.options_are_used):
+    for check in (
+        contract.shape_and_gradient,
+        contract.module_is_the_function,
+        contract.separability,
+        contract.options_are_used,
+        contract.live_teacher_is_refused,
+        contract.state,
+    ):
         check(sound)
 
 

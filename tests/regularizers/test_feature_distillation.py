@@ -196,6 +196,17 @@ def test_bad_selection(option, bad):
         selective_distillation_loss(student, teacher, teacher, **{option: bad})
 
 
+def test_faults_of_the_previous_teacher_are_called_so():
+    student, teacher = random_pair()
+    for previous in (None, student.image):
+        with pytest.raises(TypeError, match=r"^SelectiveDistillation: expected previous as geomreg.Embeddings"):
+            SelectiveDistillation()(student, teacher, previous=previous)
+    with pytest.raises(ValueError, match=r"^SelectiveDistillation: expected image student and previous embeddings of one shape"):
+        SelectiveDistillation()(student, teacher, previous=Embeddings(torch.ones(2, 8)))
+    with pytest.raises(ValueError, match="expected modalities as a tuple"):
+        FeatureDistillation(modalities=5)
+
+
 def test_previous_with_gradient_raises():
     (student, teacher), (live, _) = random_pair(), random_pair(seed=3)
     with pytest.raises(ValueError, match="requires grad"):

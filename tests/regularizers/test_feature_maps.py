@@ -76,7 +76,9 @@ def test_bad_layers():
     model = nn.Sequential(nn.Linear(2, 3), nn.Identity())
     with pytest.raises(ValueError, match=r"^FeatureMaps: expected a list of names of the model's layers, got '00'. Did you mean '0'"):
         FeatureMaps(model, ["00"])
-    for bad in ([], "0"):
+    with pytest.raises(TypeError, match=r"^FeatureMaps: expected model as an nn.Module, got None"):
+        FeatureMaps(None, ["0"])
+    for bad in ([], "0", None):
         with pytest.raises(ValueError, match=r"^FeatureMaps: expected a list of names"):
             FeatureMaps(model, bad)
     with pytest.raises(RuntimeError, match=r"^FeatureMaps: expected an output of every layer, got none of 1"):
@@ -106,5 +108,8 @@ def test_bad_maps(student, teacher, error, message):
 def test_bad_axis_and_eps():
     with pytest.raises(ValueError, match=r"^feature_map_distance_loss: expected an axis of a map of shape \(2, 3\), got 2"):
         feature_map_distance_loss([torch.ones(2, 3)], [torch.ones(2, 3)], axis=2)
+    for axis in (None, "x", 1.5, 0):
+        with pytest.raises(ValueError, match=r"^FeatureMapDistance: expected axis as a whole number other than 0"):
+            FeatureMapDistance(axis=axis)
     with pytest.raises(ValueError, match=r"^FeatureMapDistance: expected eps as a finite number > 0"):
         FeatureMapDistance(eps=0.0)

@@ -135,7 +135,7 @@ def test_module_is_the_sum_over_modalities(term, loss, minimum):
     expected = loss(units[0][0], units[1][0]) + loss(units[0][1], units[1][1])
     torch.testing.assert_close(term()(student, teacher), expected)
     torch.testing.assert_close(term(modalities=("text",))(student, teacher), loss(units[0][1], units[1][1]))
-    with pytest.raises(ValueError, match=rf"^{loss.__name__}: expected rows as a whole number >= {minimum}, got {minimum - 1}"):
+    with pytest.raises(ValueError, match=rf"^{loss.__name__}: expected at least {minimum} samples, got {minimum - 1}"):
         loss(student.image[: minimum - 1], teacher.image[: minimum - 1])
 
 

@@ -147,6 +147,21 @@ def test_retrieval_is_exact(backend, chunk_size, k):
 
 
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_retrieval_in_low_precision_is_exact_on_the_stored_values(backend):
+    queries, bank = random_pair(4, 32, dtype=torch.bfloat16)[1].image, random_pair(300, 32, seed=1, dtype=torch.float16)[1].image
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, rows = retrieve_anchors(queries, bank, 20, chunk_size=70, backend=backend)
+    assert torch.equal(rows, (queries.float() @ bank.float().T).argsort(dim=1, descending=True)[:, :20])
+
+
+def test_not_a_number_in_the_bank():
+    bank = torch.ones(5, 8)
+    bank[3, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"^retrieve_anchors: expected finite bank embeddings"):
+        retrieve_anchors(torch.ones(2, 8), bank, 1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
 def test_equal_similarities_come_in_order_of_rows(backend):
     bank = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
     scores, rows = retrieve_anchors(torch.tensor([[1.0, 0.0]]), bank, k=4, chunk_size=2, backend=backend)

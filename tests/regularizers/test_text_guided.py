@@ -119,6 +119,12 @@ def test_random_texts_through_open_clip():
     assert student.text.grad is None
 
 
+def test_a_tower_given_as_module_is_not_registered():
+    term = TextEnergy(torch.nn.Sequential(torch.nn.Embedding(49_408, 8), torch.nn.Flatten(), torch.nn.Linear(80, 8)))
+    assert not list(term.parameters())
+    assert set(term.state_dict()) == {"_extra_state"}
+
+
 def test_texts_are_normalised_or_not():
     student, teacher = random_pair()
     texts = random_pair(5, seed=1)[1].text

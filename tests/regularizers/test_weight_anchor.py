@@ -123,10 +123,49 @@ def test_excluded_and_frozen_weights_are_free():
     assert term().item() == pytest.approx(3.0)  # half of six weights
 
 
+def test_casting_the_module_leaves_anchors_and_importances():
+    model = nn.Linear(3, 2)
+    term = WeightAnchor(model, fisher={"weight": torch.full((2, 3), 1e-9), "bias": torch.ones(2)})
+    before = {name: value.clone() for name, value in term.fisher.named().items()}
+    term.to(torch.bfloat16).half()
+    assert term().item() == 0
+    assert all(torch.equal(value, before[name]) for name, value in term.fisher.named().items())
+
+
+def test_names_with_slashes():
+    model = nn.ModuleDict({"a/b": nn.Linear(2, 1, bias=False)})
+    term = WeightAnchor(model)
+    moved(model, 1.0)
+    assert term().item() == pytest.approx(1.0)
+
+
+def test_fisher_of_methods_of_the_model():
+    """The loss may call what it likes of the model."""
+
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([2.0]))
+
+        def encode_image(self, x):
+            return x * self.weight
+
+    fisher = fisher_diagonal(Tower(), lambda model, x: model.encode_image(x).sum(), [torch.tensor([[1.0], [3.0]])])
+    assert fisher["weight"].item() == pytest.approx(5.0)  # (1 + 9) / 2
+    with pytest.raises(ValueError, match=r"^fisher_diagonal: expected no batch normalisation in training mode"):
+        fisher_diagonal(nn.Sequential(nn.BatchNorm1d(2)), lambda model, x: model(x).sum(), [torch.ones(3, 2)])
+
+
 def test_bad_input():
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"^WeightAnchor: expected at least one parameter that requires grad, got none"):
         WeightAnchor(model, exclude=("weight", "bias"))
+    with pytest.raises(TypeError, match=r"^WeightAnchor: expected exclude as a tuple of prefixes, got 'weight'"):
+        WeightAnchor(model, exclude="weight")
+    with pytest.raises(ValueError, match=r"^WeightAnchor: expected exclude of parameters that there are, got 'head'"):
+        WeightAnchor(model, exclude=("head",))
+    with pytest.raises(TypeError, match=r"^WeightAnchor: expected model as an nn.Module, got None"):
+        WeightAnchor(None)
     with pytest.raises(ValueError, match=r"^WeightAnchor, fisher: expected two state dicts with the same keys, got bias"):
         WeightAnchor(model, fisher={"weight": torch.ones(2, 3)})
     with pytest.raises(ValueError, match=r"^weight_anchor_loss, anchors: expected equal shapes"):
