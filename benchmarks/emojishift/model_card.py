@@ -107,7 +107,7 @@ def card(m: dict[str, Any], record: dict[str, Any]) -> str:
         f"| mean norm before normalisation, images / texts | {m['norm_image']:.1f} / {m['norm_text']:.1f} | not measured here |",
         f"| effective rank, images / texts, of {m['width']} | {m['effective_rank_image']:.0f} / {m['effective_rank_text']:.0f} | not measured here |",
         "",
-        f"Probe: {m['probe']}. The regularizers' natural weight grows with the square of the logit scale, so the paper's 1000 does not carry over.",
+        f"Probe: {m['probe']}. The regularizers' natural weight grows with the square of the logit scale; the paper's 1000 belongs to 100.",
         "",
         "Concepts are those of the zero-shot tasks: what is unseen is the artist's style, not the names. One drawing per concept and artist.",
         "Licences of the drawings: see NOTICE. The weights are under Apache-2.0.",
