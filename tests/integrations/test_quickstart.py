@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from geomreg.integrations.quickstart import experiment, run
+from geomreg.integrations.quickstart import data, experiment, run
 from geomreg.integrations.quickstart.report import table
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.train import Settings
@@ -57,7 +57,11 @@ def test_roles_do_not_overlap():
     codes = [code for part in parts for code in part.codes]
     assert len(codes) == len(set(codes))
     assert set(one.zero_shot) == {"food", "travel", "activities", "objects", "faces"}
-    assert one.shifts["line"].codes == one.target.codes
+    assert set(one.shifts) == {"line", "artist"}
+    for shift in one.shifts.values():
+        assert shift.codes == one.target.codes
+        assert shift.images.shape == one.target.images.shape
+        assert not torch.equal(shift.images, one.target.images)
 
 
 def test_batches_cover_an_epoch_and_repeat_by_seed():
@@ -96,6 +100,12 @@ def test_tiny_run_writes_everything(tmp_path):
     assert (tmp_path / "table.md").read_text().count("\n") > 15
 
 
+def test_damaged_drawings_of_the_second_artist(monkeypatch):
+    monkeypatch.setattr(data, "TWEMOJI_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped drawings, got a damaged"):
+        data.twemoji_animals()
+
+
 @pytest.mark.slow
 def test_one_seed_gives_one_result():
     pool, accelerator = experiment.Pool(experiment.openmoji_experiment()), Accelerator(cpu=True)
@@ -129,14 +139,15 @@ def test_interrupt_between_the_renames_leaves_files_of_one_run(tmp_path, monkeyp
 
 def test_table_marks_changes_against_the_base():
     row = {
-        "method": "base", "id": 40.0, "ood": {"line": 30.0}, "zero_shot": {"food": 50.0}, "rsa": {"image": 1.0},
+        "method": "base", "id": 40.0, "ood": {"line": 30.0}, "corrupted": {"noise": 20.0}, "zero_shot": {"food": 50.0},
+        "rsa": {"image": 1.0},
         "distortion": {"aligned_rsa_bound": 1.0, "distance_change": 0.0, "distance_bound": 0.0},
         "training_seconds": 1.0, "peak_memory_mb": None,
     }  # fmt: skip
     wise = [{"alpha": 0.5, "id": 70.0, "ood": 31.0, "zero_shot": 49.0}]
     text = table([row, {**row, "method": "flyp", "id": 85.0, "zero_shot": {"food": 44.5}, "wise": wise}])
-    assert "| base model | 40.0 | 30.0 | 30.0 |" in text
-    assert "| FLYP | 85.0 (+45.0) | 30.0 (+0.0) | 30.0 (+0.0) |" in text
+    assert "| base model | 40.0 | 30.0 | 30.0 | 20.0 | 20.0 |" in text
+    assert "| FLYP | 85.0 (+45.0) | 30.0 (+0.0) | 30.0 (+0.0) | 20.0 (+0.0) | 20.0 (+0.0) |" in text
     assert "| FLYP | 44.5 (-5.5) | 44.5 (-5.5) |" in text
     assert "| base model | 1.000 | 1.000 | 0.000 | 0.000 | 1 | – |" in text
     assert "| FLYP | 0.5 | 70.0 | 31.0 | 49.0 |" in text
