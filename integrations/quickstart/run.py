@@ -31,7 +31,7 @@ from geomreg.integrations.recipes.train import Settings
 
 __all__ = ["Options", "quickstart"]
 
-LEARNING_RATE, WARMUP_SHARE = 2e-4, 0.1  # rate and weight: benchmarks/emojishift/results/quickstart_tuning.json, "chosen"
+LEARNING_RATE, WARMUP_SHARE = 4e-4, 0.1  # rate and weight: benchmarks/emojishift/results/quickstart_tuning.json, "chosen"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Options:
     steps: int = 150
     output: Path = Path("geomreg-quickstart")
     device: str = "auto"
-    weight: float = 100.0
+    weight: float = 300.0
 
 
 def quickstart(options: Options) -> dict[str, Any]:
