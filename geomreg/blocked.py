@@ -16,7 +16,8 @@ def row_blocked(function: Callable[..., Tensor], rows: tuple[Tensor, ...], share
 
     A block has at most :data:`TILE` entries of ``columns`` each (one row at least). In one block this is the function
     itself; in several, each block's gradient is computed and added up right after its value, so peak memory is that of one block
-    and the cost that of one forward and one backward pass. A second derivative then raises.
+    and the cost that of one forward and one backward pass. A second derivative then raises, and ``torch.compile`` breaks the
+    graph there (``fullgraph=True`` refuses): gradients are taken inside the forward pass.
 
     Args:
         function: ``(rows..., shared...) -> 0-d``; a sum over rows.

@@ -332,10 +332,12 @@ class Other:
 
     Attributes:
         kind: what it looks at instead.
+        compares: what it keeps, in the README's words.
         build: leaves with grad, and from them (module, named inputs); the leaves as they come or copies of them.
     """
 
     kind: str
+    compares: str
     build: Callable[[Tensor], tuple[torch.nn.Module, dict[str, Any]]]
 
 
@@ -351,10 +353,13 @@ def _anchored(leaf: Tensor) -> tuple[torch.nn.Module, dict[str, Any]]:
 OTHERS = {
     "FeatureMapDistance": Other(
         "feature maps",
+        "normalised feature maps of several layers",
         lambda leaf: (geomreg.FeatureMapDistance(), {"feature_maps": [leaf], "teacher_feature_maps": [torch.ones_like(leaf)]}),
     ),
-    "ProjectionOrthogonality": Other("parameters", lambda leaf: (geomreg.ProjectionOrthogonality(leaf, cross=0.0), {})),
-    "WeightAnchor": Other("parameters", _anchored),
+    "ProjectionOrthogonality": Other(
+        "parameters", "orthogonal projections (no teacher)", lambda leaf: (geomreg.ProjectionOrthogonality(leaf, cross=0.0), {})
+    ),
+    "WeightAnchor": Other("parameters", "weights; with `fisher_diagonal` those that matter", _anchored),
 }
 
 

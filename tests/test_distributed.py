@@ -22,6 +22,7 @@ from geomreg import (
     DiVE,
     Embeddings,
     FeatureDistillation,
+    FeatureMapDistance,
     RelationalAngle,
     SimilarityKL,
     Teacher,
@@ -46,6 +47,7 @@ TERMS |= {
     "sigmoid_replay": partial(ContrastiveReplay, form="sigmoid"),
     "drawn_angles": partial(RelationalAngle, max_triplets=10),
     "labelled_replay": ContrastiveReplay,
+    "feature_maps": FeatureMapDistance,
 }
 
 
@@ -95,7 +97,10 @@ def trained(name, ranks, wrap=lambda model: model):
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
     for step in range(STEPS):
         batch = data(step, ranks)
-        loss = regularizer(student(*batch), teacher(batch), **inputs(name, regularizer, batch, ranks))
+        embeddings, extra = student(*batch), inputs(name, regularizer, batch, ranks)
+        if name == "feature_maps":
+            extra = {"feature_maps": list(embeddings), "teacher_feature_maps": list(teacher(batch))}
+        loss = regularizer(embeddings, teacher(batch), **extra)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -261,7 +266,7 @@ def close(actual, expected, tolerance):
 def contract_of(name):
     """The declaration of a term."""
     others = {"batch_similarity": "SimilarityKL", "drawn_angles": "RelationalAngle", "sigmoid_replay": "ContrastiveReplay"}
-    others |= {"labelled_replay": "ContrastiveReplay"} | dict.fromkeys(STATEFUL, "DiVE")
+    others |= {"labelled_replay": "ContrastiveReplay", "feature_maps": "FeatureDistillation"} | dict.fromkeys(STATEFUL, "DiVE")
     return contract.TERMS[others.get(name, name)]
 
 

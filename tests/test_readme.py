@@ -62,6 +62,8 @@ def test_every_regularizer_has_a_row_that_says_what_its_declaration_says():
     }
     for name, term in contract.TERMS.items():
         assert rows[name][3] == contract.what_it_keeps(term), name
+    for name, other in contract.OTHERS.items():
+        assert rows[name][3] == other.compares, name
     public = {name for name in regularizers.__all__ if hasattr(getattr(regularizers, name), "forward")}
     assert public <= set(rows)
 

@@ -82,7 +82,7 @@ def card(m: dict[str, Any], record: dict[str, Any]) -> str:
         "",
         f"ConvNeXt (zepto) at 48 px, text transformer of 3 layers and width 128, embeddings of width {m['width']}, "
         f"{m['parameters'] / 1e6:.1f} M parameters (6.3 M of them the standard CLIP vocabulary, rows never trained are zero), fp16. "
-        f"{record['drawings']} colour drawings of {record['concepts']} concepts, {settings['epochs']} epochs of batch {settings['batch']}, "
+        f"{record['drawings']} drawings of {record['concepts']} concepts, {settings['epochs']} epochs of batch {settings['batch']}, "
         f"{record['seconds'] / 3600:.1f} h on {record['threads']} threads. Settings and curve: `pretrain.json`; these measurements: `card.json`.",
         "",
         "## Zero-shot accuracy, per cent",
@@ -109,7 +109,8 @@ def card(m: dict[str, Any], record: dict[str, Any]) -> str:
         "",
         f"Probe: {m['probe']}. The regularizers' natural weight grows with the square of the logit scale; the paper's 1000 belongs to 100.",
         "",
-        "Concepts are those of the zero-shot tasks: what is unseen is the artist's style, not the names. One drawing per concept and artist.",
+        "Concepts are those of the zero-shot tasks: what is unseen is the artist's style, not the names. One drawing per concept and artist. "
+        "The unseen styles were looked at while the recipe was made (every tenth epoch of the curve), so they are held out, not blind.",
         "Licences of the drawings: see NOTICE. The weights are under Apache-2.0.",
     ]
     return "\n".join(lines) + "\n"

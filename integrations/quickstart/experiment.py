@@ -127,9 +127,9 @@ def load_model(folder: Path | None = None) -> nn.Module:
     card = folder / "SHA256"
     if not card.is_file():
         raise RuntimeError(f"quickstart: expected the checkpoint's {card}, got no such file. Reinstall geomreg.")
-    for line in card.read_text(encoding="utf-8").splitlines():
-        expected, _, name = line.partition("  ")
-        path = folder / name
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in card.read_text(encoding="utf-8").splitlines())}
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        path, expected = folder / name, listed.get(name)
         if not path.is_file():
             raise RuntimeError(f"quickstart: expected the checkpoint's {path}, got no such file. Reinstall geomreg.")
         if hashlib.sha256(path.read_bytes()).hexdigest() != expected:

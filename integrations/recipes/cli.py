@@ -15,16 +15,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("geomreg: interrupted; files written before stay as they were", file=sys.stderr)
         return 130
+    except ImportError as error:
+        print(f"geomreg: expected the quickstart's packages, got no {error.name}. Run pip install 'geomreg[quickstart]'.", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"geomreg: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
 def _run(arguments: list[str]) -> int:
-    try:
-        from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise RuntimeError(f"expected the quickstart's packages, got no {error.name}. Run pip install 'geomreg[quickstart]'.") from error
+    from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):  # type: ignore[misc]
         """One line for a wrong option, with the nearest known one."""
@@ -40,10 +40,8 @@ def _run(arguments: list[str]) -> int:
 
     parser = Parser(prog="geomreg", description="Fine-tune embedding models without losing their geometry.")
     commands = parser.add_subcommands(dest="command", required=True)
-    try:
-        from geomreg.integrations.quickstart.run import Options, quickstart
-    except ImportError as error:
-        raise RuntimeError(f"expected the quickstart's packages, got no {error.name}. Run pip install 'geomreg[quickstart]'.") from error
+    from geomreg.integrations.quickstart.run import Options, quickstart
+
     sub = Parser(description=quickstart.__doc__.splitlines()[0] if quickstart.__doc__ else None)
     sub.add_class_arguments(Options, as_group=False)
     commands.add_subcommand("quickstart", sub, help="plain FLYP against FLYP + DiVE on OpenMoji pictures, a few minutes on a CPU")

