@@ -2,6 +2,7 @@
 
     python benchmarks/emojishift/quickstart.py tune     # grid on the tuning task -> results/quickstart_tuning.json
     python benchmarks/emojishift/quickstart.py seeds    # seeds 0-4 of the quickstart -> results/quickstart_seeds.json
+    python benchmarks/emojishift/quickstart.py rates    # plain FLYP at lower rates, same seeds -> results/quickstart_rates.json
     python benchmarks/emojishift/quickstart.py summary  # means, bootstrap intervals, signs -> results/quickstart_summary.json
 
 Tuning task: OpenMoji food as the target, objects by OpenMoji and by Twemoji as the zero-shot tasks; neither is the reported target, and
@@ -182,6 +183,19 @@ def seeds(processes: int) -> None:
     run_all(name, content, openmoji_experiment, jobs, more=("wise", "correct"))
 
 
+def rates(processes: int) -> None:
+    """Plain FLYP on the quickstart's task at the grid's lower learning rates: what the choice of the rate does to the baseline."""
+    name = "quickstart_rates.json"
+    content = resumed(name, {"steps": STEPS, "processes": processes, **machine()})
+    jobs = {
+        f"flyp lr={rate:g} seed={seed}": {"method": "flyp", "seed": seed, "settings": settings(rate), "weight": 0.0, "alphas": ()}
+        for rate in LEARNING_RATES
+        if rate < LEARNING_RATE
+        for seed in SEEDS
+    }
+    run_all(name, content, openmoji_experiment, jobs)
+
+
 def mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
 
@@ -269,10 +283,10 @@ def summary(resamples: int = 2000) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["tune", "seeds", "summary"])
+    parser.add_argument("what", choices=["tune", "seeds", "rates", "summary"])
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     if arguments.what == "summary":
         summary()
     else:
-        {"tune": tune, "seeds": seeds}[arguments.what](arguments.processes)
+        {"tune": tune, "seeds": seeds, "rates": rates}[arguments.what](arguments.processes)
