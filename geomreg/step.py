@@ -107,11 +107,11 @@ def backward(
         for chunk in chunks:
             states.append(_random_state(devices))
             encoded[chunk.part].append(_encoded(chunk))
-    after = _random_state(devices)
     torch.clear_autocast_cache()  # weights that were cast without graph
     leaves = Embeddings(*(None if value is None else value.detach().requires_grad_() for value in _merged(encoded)))
     with torch.enable_grad():
         loss = check_scalar("backward", loss_fn(leaves))
+        after = _random_state(devices)  # a loss may draw too
         _check_reached(loss, leaves, parameters)
         wanted = [value for value in leaves if value is not None]
         found = torch.autograd.grad(scale(loss), [*wanted, *parameters], allow_unused=True)

@@ -129,6 +129,23 @@ def test_dropout_masks_are_replayed():
     assert not torch.allclose(found, gradients(model))
 
 
+def test_random_numbers_go_on_after_those_of_the_loss():
+    """Not again from before it: a loss that draws would repeat itself in the next step."""
+    model, drawn = Towers(0.5), []
+
+    def loss_fn(embeddings):
+        drawn.append(torch.rand(()).item())
+        return embeddings.image.square().mean()
+
+    for chunk_size in (3, 8):
+        torch.manual_seed(1)
+        for _ in range(2):
+            backward(encode_with(model), data(8), loss_fn, chunk_size=chunk_size)
+        drawn.append(torch.rand(()).item())
+    assert len(set(drawn[:3])) == 3
+    assert len(set(drawn[3:])) == 3
+
+
 def test_chunk_of_the_whole_batch_encodes_once():
     model, calls = Towers(), []
 
