@@ -90,6 +90,11 @@ class WeightedSum(nn.Module):
         return self.numbers[name]
 
     @property
+    def separable(self) -> bool:
+        """Whether the value is a mean over samples, so that chunks weighted by their share of the batch give it."""
+        return not self.balanced and all(getattr(term, "separable", False) for term in self.regularizers.values())
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names that some term needs."""
         return _union(_takes(term)[0] for term in self.regularizers.values())

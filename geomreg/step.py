@@ -117,22 +117,33 @@ def backward(
         found = torch.autograd.grad(scale(loss), [*wanted, *parameters], allow_unused=True)
     cached = dict(zip([name for name, value in leaves._asdict().items() if value is not None], found, strict=False))
     of_parameters = found[len(wanted) :]
-    offsets = _offsets(encoded)
-    for k, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
-        last = k == len(chunks) - 1
-        _set_random_state(state)
-        with torch.enable_grad(), _synchronised(model, sync and last):
-            terms = [
-                (value * gradient[offsets[k] : offsets[k] + len(value)].to(value.dtype)).sum()
-                for name, value in _encoded(chunk)._asdict().items()
-                if value is not None and (gradient := cached[name]) is not None
-            ]
-            if last:
-                terms += [(value * grad).sum() for value, grad in zip(parameters, of_parameters, strict=True) if grad is not None]
-            surrogate = torch.stack([term.to(loss.dtype) for term in terms]).sum()
-            surrogate.backward()  # type: ignore[no-untyped-call]
+    starts = _starts(encoded)
+    final = {chunk.part: k for k, chunk in enumerate(chunks)}
+
+    def products(k: int) -> list[Tensor]:
+        """What, encoded again, has the cached gradient."""
+        _set_random_state(states[k])
+        return [
+            (value * gradient[starts[k] : starts[k] + len(value)].to(value.dtype)).sum().to(loss.dtype)
+            for name, value in _encoded(chunks[k])._asdict().items()
+            if value is not None and (gradient := cached[name]) is not None
+        ]
+
+    for k, chunk in enumerate(chunks):
+        if k != final[chunk.part]:
+            with torch.enable_grad(), _synchronised(model, False):
+                _add_gradient(products(k))
+    with torch.enable_grad(), _synchronised(model, sync):  # the last chunks of all parts together: DDP waits for every parameter
+        of_loss = [(value * grad).sum().to(loss.dtype) for value, grad in zip(parameters, of_parameters, strict=True) if grad is not None]
+        _add_gradient([product for k in final.values() for product in products(k)] + of_loss)
     _set_random_state(after)
     return loss.detach()
+
+
+def _add_gradient(products: list[Tensor]) -> None:
+    """Backward pass of the sum, if the loss depends on any of them."""
+    if products:
+        torch.stack(products).sum().backward()  # type: ignore[no-untyped-call]
 
 
 class _Chunk(NamedTuple):
@@ -199,7 +210,7 @@ def _merged(encoded: list[list[Embeddings]]) -> Embeddings:
     return Embeddings(**fields)
 
 
-def _offsets(encoded: list[list[Embeddings]]) -> list[int]:
+def _starts(encoded: list[list[Embeddings]]) -> list[int]:
     """First row of each chunk in its part, in the order of the chunks."""
     found = []
     for of_part in encoded:

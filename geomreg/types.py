@@ -37,7 +37,8 @@ class Regularizer(Protocol):
 
     A term that takes more than embeddings names it in a class attribute ``inputs`` (needed) or ``optional_inputs``: ``logit_scale``,
     ``logit_bias``, ``labels``, ``texts`` (a bank of constant embeddings), ``previous`` (a second teacher), ``feature_maps`` and
-    ``teacher_feature_maps``; they are keyword arguments of the call.
+    ``teacher_feature_maps``; they are keyword arguments of the call. One whose value is a mean over samples may say so in an attribute
+    ``separable``: :func:`geomreg.backward` then needs one pass instead of two.
     """
 
     def __call__(self, student: Embeddings, teacher: Embeddings | None, **inputs: Any) -> Tensor:

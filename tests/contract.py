@@ -561,6 +561,7 @@ def separability(term: Term) -> None:
 
     chunks = (3 * part(slice(0, 3)) + 4 * part(slice(3, 7))) / 7
     assert torch.allclose(chunks, term.function(one), rtol=1e-9) == term.separable
+    assert getattr(term.build(), "separable", False) == term.separable
 
 
 def homogeneity(term: Term) -> None:

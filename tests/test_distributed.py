@@ -194,6 +194,33 @@ def stepped(ranks, chunk_size, wrap=lambda model: model, declared=True):
     return record
 
 
+def unique_texts(ranks, chunk_size, wrap=lambda model: model):
+    """Gradients of a contrastive loss whose captions repeat, each encoded once; towers and logit scale in one DDP module."""
+    towers = Scaled()
+    student = wrap(Either(towers))
+    images, texts = data(0, ranks)
+    texts = torch.cat([texts[k : k + 4][[0, 1, 0, 0] if rank == 0 else [0, 1, 2, 1]] for k, rank in zip(range(0, 8, 4), ranks)])
+    different, row = texts.unique(dim=0, return_inverse=True)
+    replay = ContrastiveReplay()
+    parts = [(lambda b: Embeddings(image=student(images=b)), images), (lambda b: Embeddings(text=student(texts=b)), different)]
+    backward(
+        parts, None, lambda e: replay(Embeddings(e.image, e.text[row]), logit_scale=towers.logit_scale.exp()), chunk_size=chunk_size,
+        model=student, parameters=[towers.logit_scale],
+    )  # fmt: skip
+    return torch.cat([p.grad.flatten() for p in towers.parameters()])
+
+
+class Either(nn.Module):
+    """One tower a call, through the module that DDP wraps."""
+
+    def __init__(self, towers):
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, images=None, texts=None):
+        return self.towers.image(images) if texts is None else self.towers.text(texts)
+
+
 def undeclared(rank):
     """What a chunked step says that forgets the logit scale."""
     try:
@@ -241,6 +268,7 @@ def work(rank, folder):
         result["absent"] = {(n, c): absent(partial(o, decay=0.0), rank, c) for n, o in owners.items() for c in (False, True)}
         result["uneven rows"] = uneven_rows(rank)
         result["stepped"] = {size: stepped([rank], size, DistributedDataParallel) for size in (1, 3, 10)}
+        result["unique"] = {size: unique_texts([rank], size, DistributedDataParallel) for size in (1, 2, 10)}
         result["undeclared"] = undeclared(rank)
         result["sharded"] = sharded(rank)
         result["balanced"] = balanced_weight([rank])
@@ -341,6 +369,14 @@ def test_chunked_step_equals_one_process(results, chunk_size):
         for result in results:
             close(result["stepped"][chunk_size][step], expected[step], 1e-6)  # the mean is fp32
     close(results[0]["stepped"][chunk_size][0], expected[0], 1e-12)  # at the first step it is zero
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 10])
+def test_towers_as_parts_equal_one_process(results, chunk_size):
+    """Each tower's last chunk takes part in the pass that synchronises, also where the ranks have unequally many chunks."""
+    expected = unique_texts(range(RANKS), 100)
+    for result in results:
+        close(result["unique"][chunk_size], expected, 1e-12)
 
 
 def test_undeclared_logit_scale_raises_on_every_rank(results):

@@ -1,7 +1,9 @@
 """The chunked step gives the gradient of the whole batch: every kind of loss, batch, tower and mistake."""
 
 import copy
+from functools import partial
 
+import contract
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +19,13 @@ from geomreg import (
     FeatureMapDistance,
     FeatureMaps,
     GramStructure,
+    SimilarityKL,
     Teacher,
     WeightedSum,
     backward,
 )
 from geomreg.functional import contrastive_loss
+from geomreg.schedules import BalancedWeight
 
 
 class Towers(nn.Module):
@@ -202,6 +206,44 @@ def test_separable_loss_needs_one_pass(rows):
     close(gradients(model), gradients(whole), 1e-12)
 
 
+SEPARABLE = {name: (term.build, term.inputs) for name, term in contract.TERMS.items() if term.separable}
+SEPARABLE["SimilarityKL, rows"] = (partial(SimilarityKL, directions=("rows",)), contract.TERMS["SimilarityKL"].inputs)
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+@pytest.mark.parametrize("training", [True, False])
+def test_terms_that_say_they_are_separable_are(name, training):
+    """Value, gradient and what is committed are those of the whole batch, in one pass."""
+    build, inputs = SEPARABLE[name]
+    batch, extra = data(7), inputs(7, 4, 0, torch.float64)
+    teacher = Towers()
+    torch.nn.init.normal_(teacher.image[0].weight, generator=torch.Generator().manual_seed(4))
+    frozen = Embeddings(*(value.detach() for value in teacher(*batch)))
+    found = []
+    for chunk_size in (3, 7):
+        model, keep = Towers(), WeightedSum(term=(2.0, build())).train(training)
+        assert keep.separable
+
+        def loss_fn(embeddings, index, keep=keep):
+            rows = {key: Embeddings(*(x[index] for x in value)) if key == "previous" else value for key, value in extra.items()}
+            return keep(embeddings, Embeddings(*(value[index] for value in frozen)), **rows)
+
+        for _ in range(2):  # in training the second meets a committed mean
+            model.zero_grad()
+            value = backward(encode_with(model), batch, loss_fn, chunk_size=chunk_size, separable=True)
+            keep.step()
+        found.append((value, gradients(model)))
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6)  # the mean is fp32
+    close(found[0][1], found[1][1], 1e-6)
+
+
+def test_sums_that_are_not_separable():
+    assert not WeightedSum(a=(1.0, FeatureDistillation()), b=(1.0, GramStructure())).separable
+    assert not WeightedSum(a=(BalancedWeight(0.1), FeatureDistillation())).separable
+    assert not WeightedSum(a=(1.0, DiVE(update="before"))).separable
+    assert not WeightedSum(a=(1.0, SimilarityKL(against="batch", directions=("rows",)))).separable
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 20])
 def test_parts_of_different_lengths(chunk_size):
     """Each caption once: the texts of the batch are rows of the unique texts."""
@@ -269,6 +311,17 @@ def test_autocast_casts_of_the_first_pass_do_not_cut_the_second(dtype):
         model.zero_grad()
         contrastive_loss(*model(*batch), logit_scale=2.0).backward()
     assert (found - gradients(model)).norm() <= 0.02 * gradients(model).norm()
+
+
+def test_parts_that_the_loss_does_not_use():
+    model, (images, texts) = Towers(), data(5)
+    parts = [(lambda b: Embeddings(image=model.image(b)), images), (lambda b: Embeddings(text=model.text(b)), texts)]
+    backward(parts, None, lambda e: e.image.square().mean(), chunk_size=2)
+    assert model.text[0].weight.grad is None
+    found = model.image[0].weight.grad.clone()
+    model.zero_grad()
+    model.image(images).square().mean().backward()
+    close(found, model.image[0].weight.grad, 1e-12)
 
 
 def test_gradient_checkpointing():

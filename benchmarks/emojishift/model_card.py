@@ -50,7 +50,7 @@ def measure() -> dict[str, Any]:
             top1[style][name] = accuracy(correct(model, pool.images["zero_shot/same"], torch.arange(len(part.codes)), head))
     part = subset(artist_drawings("noto"), tuple(GROUPS.values()))
     pool = Pool(Experiment(target=part, shifts={}, zero_shot={"all": part}, reference=part))
-    images, texts = pool.probe
+    images, texts = pool.probe["image"], pool.probe["text"]
     raw = embed(model, images, texts, normalize=False)
     image, text = embed_images(model, images), embed(model, texts=texts).text
     if raw.image is None or raw.text is None or text is None:

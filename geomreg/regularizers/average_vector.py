@@ -125,6 +125,11 @@ class AverageVectorLoss(nn.Module):
     def _name(self) -> str:
         return type(self).__name__
 
+    @property
+    def separable(self) -> bool:
+        """Whether the value is a mean over samples: not if this batch moves the mean first."""
+        return self.update == "after"
+
     def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
         student, teacher = self._checked(student, teacher)
         mean = self._collect(student, teacher) if self.training else self.mean

@@ -183,6 +183,8 @@ class FeatureDistillation(nn.Module):
         normalize: divide embeddings by their L2 norm first (SnD does).
     """
 
+    separable: ClassVar[bool] = True
+
     def __init__(self, *, modalities: tuple[str, ...] | None = None, normalize: bool = True) -> None:
         super().__init__()
         self.modalities = check_modalities("FeatureDistillation", modalities)
@@ -205,6 +207,8 @@ class CosineAnchor(nn.Module):
     Args:
         modalities: which embeddings to keep; by default those that are given.
     """
+
+    separable: ClassVar[bool] = True
 
     def __init__(self, *, modalities: tuple[str, ...] | None = None) -> None:
         super().__init__()
@@ -234,6 +238,7 @@ class SelectiveDistillation(nn.Module):
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("previous",)
+    separable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """Pairwise vector loss of DiVE: image and text of a pair should move by the same vector (arXiv 2511.09973)."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from geomreg.checks import check_embeddings, check_pair, check_paired, check_pairs_present
@@ -63,6 +65,8 @@ class PairwiseVectorLoss(nn.Module):
     Args:
         normalize: divide embeddings by their L2 norm first.
     """
+
+    separable: ClassVar[bool] = True
 
     def __init__(self, *, normalize: bool = True) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """Orthogonality of the projections into the shared space (CaRot, arXiv 2311.01723)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,8 @@ class ProjectionOrthogonality(nn.Module):
         cross: weight of the norm between the towers.
         orthogonal: weight of the image projection's norm.
     """
+
+    separable: ClassVar[bool] = True
 
     def __init__(
         self, image: nn.Parameter | nn.Linear, text: nn.Parameter | nn.Linear | None = None, *, cross: float = 0.05, orthogonal: float = 0.2

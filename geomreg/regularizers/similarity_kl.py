@@ -146,6 +146,7 @@ class SimilarityKL(nn.Module):
         self.directions = check_choices(name, "directions", directions, ("rows", "columns"))
         self.against, self.temperature, self.form, self.normalize = against, temperature, form, normalize
         self.teacher_logit_scale = teacher_logit_scale
+        self.separable = against == "texts" and self.directions == ("rows",)
         self.inputs: tuple[str, ...] = ("logit_scale", "texts") if against == "texts" else ("logit_scale",)
 
     def forward(

@@ -148,6 +148,8 @@ class TextEnergy(nn.Module):
     The number of steps so far is part of ``state_dict``: a resumed run draws on.
     """
 
+    separable: ClassVar[bool] = True
+
     def __init__(
         self,
         encode_text: Callable[[Tensor], Tensor] | None = None,
@@ -232,6 +234,7 @@ class ContextKL(nn.Module):
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("logit_scale", "texts")
+    separable: ClassVar[bool] = True
 
     def __init__(self, *, normalize: bool = True) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +152,8 @@ class WeightAnchor(nn.Module):
         fisher: importance of each, by name; None: all 1 (L2-SP).
         exclude: prefixes of names to leave free, such as a new head.
     """
+
+    separable: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, *, fisher: Mapping[str, Tensor] | None = None, exclude: tuple[str, ...] = ()) -> None:
         super().__init__()

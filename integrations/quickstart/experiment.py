@@ -160,10 +160,10 @@ class Pool:
             self.images[f"corrupted/{name}"] = corruption(once, generator).clamp(0, 1)
         self.images |= {f"zero_shot/{name}": self.views(drawings, copies=1) for name, drawings in experiment.zero_shot.items()}
         self.images = {name: self.preprocess(value) for name, value in self.images.items()}
-        self.probe: Batch = (
-            torch.cat([self.images[f"zero_shot/{name}"] for name in experiment.zero_shot]),
-            torch.cat([self.classes[name][0] for name in experiment.zero_shot]),
-        )
+        self.probe: Batch = {
+            "image": torch.cat([self.images[f"zero_shot/{name}"] for name in experiment.zero_shot]),
+            "text": torch.cat([self.classes[name][0] for name in experiment.zero_shot]),
+        }
 
     def views(self, drawings: Drawings, *, copies: int) -> Tensor:
         """Fixed views for evaluation."""
@@ -178,17 +178,17 @@ class Pool:
         """Views in [0, 1] as the model expects them."""
         return (views - self.mean) / self.std
 
-    def batches(self, drawings: Drawings, seed: int) -> Iterator[Batch]:
+    def batches(self, drawings: Drawings, seed: int, *, batch_size: int = BATCH) -> Iterator[Batch]:
         """Endless batches of random views with captions of random templates, every drawing once an epoch."""
         generator = torch.Generator().manual_seed(seed)
         tokens = self.tokens(drawings)
-        size = min(BATCH, len(drawings.codes))
+        size = min(batch_size, len(drawings.codes))
         while True:
             order = torch.randperm(len(drawings.codes), generator=generator)
             for rows in order[: len(order) // size * size].split(size):
                 template = torch.randint(len(TEMPLATES), (size,), generator=generator)
                 views = random_views(drawings.images[rows], size=self.size, generator=generator)
-                yield self.preprocess(views), tokens[template, rows]
+                yield {"image": self.preprocess(views), "text": tokens[template, rows]}
 
 
 def measure(model: nn.Module, pool: Pool) -> dict[str, Any]:
@@ -216,10 +216,9 @@ def measure(model: nn.Module, pool: Pool) -> dict[str, Any]:
 @torch.no_grad()
 def probe_embeddings(model: nn.Module, pool: Pool) -> Embeddings:
     """Embeddings of the zero-shot pictures and their captions, on the CPU."""
-    images, texts = pool.probe
     device = next(model.parameters()).device
-    text = embed(model, texts=texts.to(device)).text
-    return Embeddings(embed_images(model, images).cpu(), None if text is None else text.cpu())
+    text = embed(model, texts=pool.probe["text"].to(device)).text
+    return Embeddings(embed_images(model, pool.probe["image"]).cpu(), None if text is None else text.cpu())
 
 
 def geometry(student: Embeddings, base: Embeddings) -> dict[str, Any]:

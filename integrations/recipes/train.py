@@ -1,6 +1,7 @@
 """The one training loop: a target loss, and optionally a regularizer on reference data, on accelerate."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,16 @@ from accelerate import Accelerator
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
+from geomreg.checks import check_count
 from geomreg.compose import WeightedSum
 from geomreg.integrations.open_clip import embed, unwrap
+from geomreg.step import backward
 from geomreg.teacher import Teacher
-from geomreg.types import Embeddings
+from geomreg.types import Embeddings, Terms
 
 __all__ = ["Batch", "Settings", "contrastive", "encode", "finetune"]
 
-Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), token ids (B, L)
+Batch = dict[str, Any]  # "image" (B, 3, H, W), "text" token ids (B, L); for a cached teacher also "id", B of them
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Settings:
         warmup_steps: linear warm-up; FLYP's 500 belong to runs of tens of thousands of steps.
         betas: of AdamW.
         clip_norm: largest gradient norm; None (FLYP) for no clipping.
+        chunk_size: samples whose activations are held at a time; None for whole batches. The gradient is the same; what is not a mean
+            over samples (the contrastive loss) is encoded once more.
+        unique_texts: encode each different caption of a target batch once. The same gradient (but for dropout in the text tower), for
+            less work where captions repeat.
+        regularize_every: the regularizer on every so many steps, with so many times its weight. Keeps the mean of its gradient only:
+            the spikes inflate Adam's second moment, and a running mean moves as seldom (take its decay to this power). A smaller reference
+            batch at every step saves as much and is the better way.
     """
 
     steps: int
@@ -39,6 +49,14 @@ class Settings:
     warmup_steps: int = 500
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = None
+    chunk_size: int | None = None
+    unique_texts: bool = False
+    regularize_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            check_count("Settings", "chunk_size", self.chunk_size, 1)
+        check_count("Settings", "regularize_every", self.regularize_every, 1)
 
     def rate(self, step: int) -> float:
         """Factor on the learning rate of step 0, 1, ..."""
@@ -48,15 +66,14 @@ class Settings:
 
 
 def encode(model: nn.Module, batch: Batch) -> Embeddings:
-    """Unit embeddings of a batch of pairs; the same function for student and teacher."""
-    return embed(model, *batch)
+    """Unit embeddings of a batch of images, texts or pairs; the same function for student and teacher."""
+    return embed(model, batch.get("image"), batch.get("text"))
 
 
-def contrastive(accelerator: Accelerator) -> Callable[[Embeddings, Tensor], Tensor]:
+def contrastive(accelerator: Accelerator) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """FLYP's symmetric contrastive loss over the batches of all processes, by open_clip."""
     several = accelerator.num_processes > 1
-    loss = ClipLoss(local_loss=several, gather_with_grad=several, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    return lambda embeddings, scale: loss(embeddings.image, embeddings.text, scale)
+    return ClipLoss(local_loss=several, gather_with_grad=several, rank=accelerator.process_index, world_size=accelerator.num_processes)
 
 
 def finetune(
@@ -72,8 +89,8 @@ def finetune(
 ) -> nn.Module:
     """Fine-tune an open_clip model in place; returns it, unwrapped, in evaluation mode.
 
-    Each step runs the contrastive loss on a target batch and, given a regularizer, its value on a reference batch;
-    the two backward passes follow one another, so the activations of the two batches never coexist.
+    Each step runs the contrastive loss on a target batch and, given a regularizer, its value on a reference batch; the two
+    backward passes follow one another (:func:`geomreg.backward`), so the activations of the two batches never coexist.
 
     Args:
         model: open_clip model, trained in place.
@@ -109,23 +126,25 @@ def finetune(
             part.to(accelerator.device)
             part.train()
     wrapped.train()
+    scale: Callable[[Tensor], Tensor] = accelerator.scaler.scale if accelerator.scaler is not None else lambda loss: loss
+    options: dict[str, Any] = {"chunk_size": settings.chunk_size or sys.maxsize, "model": wrapped, "scale": scale}
+
+    def encoded(batch: Batch) -> Embeddings:
+        with accelerator.autocast():
+            return encode(wrapped, batch)
+
     for step in range(settings.steps):
         optimizer.zero_grad()
         value = torch.zeros((), device=accelerator.device)
         entry: dict[str, float] = {"step": step + 1}
         # The target loss comes last: it alone uses every parameter, so DDP synchronises all gradients in its backward pass.
-        if regularizer is not None and reference is not None and teacher is not None:
+        if regularizer is not None and reference is not None and teacher is not None and step % settings.regularize_every == 0:
             batch = _moved(next(reference), accelerator.device)
-            with accelerator.no_sync(wrapped):
-                with accelerator.autocast():
-                    terms = regularizer.terms(encode(wrapped, batch), teacher(batch))
-                accelerator.backward(terms.total)
-            value = terms.total.detach()
-            entry |= {name: part.item() for name, part in terms.parts.items()}
-        with accelerator.autocast():
-            embeddings = encode(wrapped, _moved(next(target), accelerator.device))
-        loss = loss_fn(embeddings, unwrap(wrapped).logit_scale.exp())
-        accelerator.backward(loss)
+            with accelerator.autocast():
+                frozen = teacher(batch)
+            terms, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, options)
+            entry |= {name: part.item() for name, part in terms.items()}
+        loss = _contrasted(encoded, _moved(next(target), accelerator.device), loss_fn, unwrap(wrapped).logit_scale, settings, options)
         entry |= {"loss": loss.item(), "regularizer": value.item()}
         finite = torch.isfinite(loss.detach() + value).float()
         if accelerator.reduce(finite, reduction="sum").item() < accelerator.num_processes:  # all stop, or none
@@ -150,6 +169,53 @@ def finetune(
     return model.eval()
 
 
+def _regularized(
+    encoded: Callable[[Batch], Embeddings],
+    batch: Batch,
+    frozen: Embeddings,
+    regularizer: WeightedSum,
+    factor: int,
+    options: dict[str, Any],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
+    parts: dict[str, Tensor] = {}
+
+    def of(terms: Terms, share: float) -> Tensor:
+        for name, part in terms.parts.items():
+            parts[name] = parts.get(name, 0.0) + share * part
+        return factor * terms.total
+
+    inputs = {key: batch[key] for key in ("image", "text") if key in batch}
+    rows = len(next(iter(inputs.values())))
+    if regularizer.separable:
+
+        def loss_fn(embeddings: Embeddings, index: Tensor) -> Tensor:
+            rows_of_teacher = Embeddings(*(None if value is None else value[index] for value in frozen))
+            return of(regularizer.terms(embeddings, rows_of_teacher), len(index) / rows)
+
+        total = backward(encoded, inputs, loss_fn, separable=True, sync=False, **options)
+    else:
+        total = backward(encoded, inputs, lambda embeddings: of(regularizer.terms(embeddings, frozen), 1.0), sync=False, **options)
+    return parts, total / factor
+
+
+def _contrasted(
+    encoded: Callable[[Batch], Embeddings],
+    batch: Batch,
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    logit_scale: Tensor,
+    settings: Settings,
+    options: dict[str, Any],
+) -> Tensor:
+    """Contrastive loss of a target batch; adds its gradient."""
+    parameters = [logit_scale] if logit_scale.requires_grad else []
+    inputs = {key: batch[key] for key in ("image", "text")}
+    if not settings.unique_texts:
+        return backward(encoded, inputs, lambda e: loss_fn(e.image, e.text, logit_scale.exp()), parameters=parameters, **options)
+    texts, row = inputs["text"].unique(dim=0, return_inverse=True)
+    parts = [(encoded, {"image": inputs["image"]}), (encoded, {"text": texts})]
+    return backward(parts, None, lambda e: loss_fn(e.image, e.text[row], logit_scale.exp()), parameters=parameters, **options)
+
+
 def _moved(batch: Batch, device: Any) -> Batch:
-    images, texts = batch
-    return images.to(device, non_blocking=True), texts.to(device, non_blocking=True)
+    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -69,11 +69,12 @@ def test_batches_cover_an_epoch_and_repeat_by_seed():
     target = pool.experiment.target
     first, again, other = (pool.batches(target, seed) for seed in (3, 3, 4))
     for _ in range(3):
-        images, texts = next(first)
-        assert torch.equal(images, next(again)[0])
-        assert not torch.equal(images, next(other)[0])
-        assert images.shape == (experiment.BATCH, 3, pool.size, pool.size)
-        assert len(torch.unique(texts, dim=0)) == experiment.BATCH  # no drawing twice in a batch
+        batch = next(first)
+        assert torch.equal(batch["image"], next(again)["image"])
+        assert not torch.equal(batch["image"], next(other)["image"])
+        assert batch["image"].shape == (experiment.BATCH, 3, pool.size, pool.size)
+        assert len(torch.unique(batch["text"], dim=0)) == experiment.BATCH  # no drawing twice in a batch
+    assert len(next(pool.batches(target, 3, batch_size=7))["text"]) == 7
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The training loop: equals a loop written out by hand, moves what it should, refuses what it cannot do."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -9,8 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from geomreg import DiVE, Teacher, WeightedSum
-from geomreg.integrations.open_clip import embed
+from geomreg import DiVE, FeatureDistillation, GramStructure, Teacher, WeightedSum
 from geomreg.integrations.recipes.train import Settings, encode, finetune
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
@@ -27,7 +27,8 @@ def model() -> torch.nn.Module:
 def batches(seed: int, size: int = 5):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randn(size, 3, 16, 16, generator=generator).double(), torch.randint(1, 63, (size, 8), generator=generator)
+        images = torch.randn(size, 3, 16, 16, generator=generator).double()
+        yield {"image": images, "text": torch.randint(1, 63, (size, 8), generator=generator)}
 
 
 def by_hand(regularized: bool) -> dict[str, torch.Tensor]:
@@ -39,15 +40,15 @@ def by_hand(regularized: bool) -> dict[str, torch.Tensor]:
     for step in range(SETTINGS.steps):
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / 2))
         optimizer.param_groups[0]["lr"] = SETTINGS.learning_rate * ((step + 1) / 2 if step < 2 else cosine)
-        images, texts = embed(student, *next(target))
+        images, texts = encode(student, next(target))
         logits = student.logit_scale.exp() * images @ texts.T
         labels = torch.arange(len(logits))
         loss = (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
         if regularized:
             batch = next(reference)
             with torch.no_grad():
-                frozen = embed(teacher, *batch)
-            loss = loss + 7.0 * term(embed(student, *batch), frozen)
+                frozen = encode(teacher, batch)
+            loss = loss + 7.0 * term(encode(student, batch), frozen)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -74,6 +75,69 @@ def test_equals_a_loop_written_out(regularized):
         assert log[1]["regularizer"] == pytest.approx(7.0 * log[1]["dive"])
         assert extra["regularizer"].regularizers["dive"].mean.ndim == 1  # step() was called
         torch.testing.assert_close(extra["teacher"].model.state_dict(), model().state_dict())
+
+
+def repeating(seed: int):
+    """Batches whose captions repeat."""
+    for batch in batches(seed):
+        yield batch | {"text": batch["text"][[0, 1, 0, 2, 1]]}
+
+
+def trained(settings: Settings, *, keep: WeightedSum | None = None, reference=None):
+    student = model()
+    log: list[dict[str, float]] = []
+    finetune(
+        student, repeating(1), settings, accelerator=Accelerator(cpu=True), on_step=log.append, regularizer=keep or sums("plain"),
+        reference=reference or batches(2), teacher=Teacher(student, encode),
+    )  # fmt: skip
+    return student.state_dict(), log
+
+
+def sums(kind: str) -> WeightedSum:
+    """A mean over samples; two that need the whole batch."""
+    terms = {
+        "plain": {"dive": (7.0, DiVE())},
+        "before": {"dive": (7.0, DiVE(decay=0.5, update="before"))},
+        "mixed": {"dive": (7.0, DiVE()), "gram": (3.0, GramStructure())},
+    }
+    return WeightedSum(**terms[kind])
+
+
+@pytest.mark.parametrize("kind", ["plain", "before", "mixed"])
+@pytest.mark.parametrize("options", [{"chunk_size": 2}, {"unique_texts": True}, {"chunk_size": 2, "unique_texts": True}])
+def test_savings_change_no_number(kind, options):
+    expected, expected_log = trained(SETTINGS, keep=sums(kind))
+    state, log = trained(dataclasses.replace(SETTINGS, **options), keep=sums(kind))
+    for key, value in state.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-9, msg=key)  # the mean is fp32
+    assert log[-1] == pytest.approx(expected_log[-1], rel=1e-5)
+
+
+def test_regularizer_on_every_second_step():
+    """With twice the weight, on its own sequence of reference batches."""
+    constant = itertools.repeat(next(batches(2)))
+    drawn = []
+
+    def counted():
+        for batch in constant:
+            drawn.append(batch)
+            yield batch
+
+    settings = dataclasses.replace(SETTINGS, regularize_every=2)
+    state, log = trained(settings, keep=WeightedSum(fd=(7.0, FeatureDistillation())), reference=counted())
+    expected, expected_log = trained(
+        SETTINGS, keep=WeightedSum(fd=(lambda step: 14.0 * (step % 2 == 0), FeatureDistillation())), reference=constant
+    )
+    torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-10)
+    assert len(drawn) == 2
+    assert ["fd" in entry for entry in log] == [True, False, True, False]
+    assert 2 * log[2]["regularizer"] == pytest.approx(expected_log[2]["regularizer"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("chunk_size", 0), ("regularize_every", 0), ("regularize_every", 1.5)])
+def test_bad_settings(option, value):
+    with pytest.raises(ValueError, match=f"^Settings: expected {option} as a whole number >= 1, got {value}"):
+        Settings(steps=1, **{option: value})
 
 
 def test_schedule():
@@ -108,9 +172,9 @@ def test_parts_that_belong_together(given):
 def test_diverged_loss_stops_before_the_weights_are_spoilt():
     student = model()
     before = copy.deepcopy(student.state_dict())
-    images, texts = next(batches(1))
+    batch = next(batches(1))
     with pytest.raises(RuntimeError, match=r"^finetune: expected a finite loss"):
-        finetune(student, iter([(images * math.nan, texts)]), SETTINGS, accelerator=Accelerator(cpu=True))
+        finetune(student, iter([batch | {"image": batch["image"] * math.nan}]), SETTINGS, accelerator=Accelerator(cpu=True))
     torch.testing.assert_close(student.state_dict(), before)
 
 

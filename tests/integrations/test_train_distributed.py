@@ -16,8 +16,8 @@ from geomreg.integrations.recipes.train import encode, finetune
 
 
 def part_of(stream, rank: int, ranks: int):
-    for images, texts in stream:
-        yield images[rank::ranks], texts[rank::ranks]
+    for batch in stream:
+        yield {key: value[rank::ranks] for key, value in batch.items()}
 
 
 def run(rank: int, ranks: int) -> dict[str, torch.Tensor]:

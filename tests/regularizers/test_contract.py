@@ -151,7 +151,7 @@ class Mutant(nn.Module):
 
     def __init__(self, fault, *, normalize=True):
         super().__init__()
-        self.fault, self.normalize = fault, normalize
+        self.fault, self.normalize, self.separable = fault, normalize, fault != "not separable"
         self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, student, teacher):
@@ -194,6 +194,7 @@ def mutant(fault: str) -> Term:
     [
         ("detached", contract.shape_and_gradient),
         ("broadcast", contract.separability),
+        ("not separable", contract.separability),
         ("mean over D", contract.module_is_the_function),
         ("moving mean", contract.state),
         ("ignored option", contract.options_are_used),
