@@ -1,5 +1,6 @@
 """geomreg: regularizers that keep the geometry of an embedding space while an encoder learns something new."""
 
+from geomreg.cache import EmbeddingCache
 from geomreg.compose import WeightedSum
 from geomreg.ensemble import alpha_sweep, interpolate
 from geomreg.regularizers import (
@@ -34,6 +35,7 @@ __all__ = [
     "CosineAnchor",
     "CyclicConsistency",
     "DiVE",
+    "EmbeddingCache",
     "Embeddings",
     "FeatureDistillation",
     "FeatureMapDistance",

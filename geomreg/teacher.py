@@ -1,16 +1,20 @@
-"""The model that a student is compared with: a frozen copy, the student without its adapters, or a running average of it."""
+"""The model that a student is compared with: a frozen copy, the student without its adapters, a running average of it, or a cache."""
 
 import copy
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from geomreg.checks import check_count, check_fraction, describe
+from geomreg.checks import check_count, check_fraction, check_modalities, describe
 from geomreg.schedules import Schedule
 from geomreg.types import Embeddings
+
+if TYPE_CHECKING:
+    from geomreg.cache import EmbeddingCache
 
 __all__ = ["Teacher"]
 
@@ -23,8 +27,8 @@ class Teacher(nn.Module):
     moves it. Its embeddings are ordinary tensors without graph (``no_grad``, not ``inference_mode``, whose tensors
     cannot enter a loss).
 
-    :meth:`adapters_off` and :meth:`averaged` build the other kinds; all are called alike, and :meth:`step` may be called on each
-    after every optimizer step.
+    :meth:`adapters_off`, :meth:`averaged` and :meth:`cached` build the other kinds; all are called alike, and :meth:`step` may be
+    called on each after every optimizer step.
 
     Args:
         model: any ``nn.Module``; copied, never changed.
@@ -100,6 +104,46 @@ class Teacher(nn.Module):
         """
         return _Averaged(model, encode, decay=decay, every=every)
 
+    @classmethod
+    def cached(
+        cls,
+        cache: "EmbeddingCache",
+        *,
+        preprocessing: object = None,
+        tokenizer: object = None,
+        modalities: tuple[str, ...] | None = None,
+    ) -> "Teacher":
+        """Embeddings that were computed before: looked up by ``batch["id"]``, on the device of the batch's other tensors.
+
+        Exact where each sample always looks the same: a cache holds one view of each, so the student must see the same one.
+
+        Args:
+            cache: an open :class:`geomreg.EmbeddingCache`.
+            preprocessing: the transform of the student's images; must be that of the cache (compared if given).
+            tokenizer: likewise of its texts.
+            modalities: ``("image",)`` or ``("text",)`` for a student that embeds only these; by default all that the cache has.
+
+        Raises:
+            ValueError: another preprocessing or tokenizer than the cache's; modalities that it lacks; in a call, unknown ids.
+            TypeError: in a call, a batch without ``"id"``.
+            RuntimeError: in a call, damaged files.
+        """
+        return _Cached(cache, preprocessing=preprocessing, tokenizer=tokenizer, modalities=modalities)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and values of the weights and buffers that the embeddings come from.
+
+        Adapters that are off do not count, so that a student with adapters has the fingerprint of the model that it started from.
+        """
+        digest = hashlib.sha256()
+        for name, value in sorted(self._weights(), key=lambda entry: entry[0]):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        return digest.hexdigest()[:32]
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from _named_tensors(self.model)
+
     def step(self) -> None:
         """After each optimizer step that was not skipped: moves an averaged teacher, nothing else."""
 
@@ -164,6 +208,14 @@ class _AdaptersOff(Teacher):
                 )
         self.encode = encode
         self._held = (model,)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        adapters = _adapters(self.model)
+        inside = {id(value) for adapter in adapters for _, value in _named_tensors(adapter)}
+        base = {id(value) for adapter in adapters for _, value in _named_tensors(_base_layer(adapter))}
+        for name, value in super()._weights():
+            if id(value) not in inside or id(value) in base:
+                yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), value
 
     def forward(self, batch: Any) -> Embeddings:
         with _restored(self.model), _switched_off(_adapters(self.model)):
@@ -240,6 +292,9 @@ class _Averaged(Teacher):
             if value.dtype in (torch.bfloat16, torch.float16)
         }
 
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        raise ValueError("Teacher: expected a teacher that stays as it is, got an averaged one. Its embeddings cannot be cached.")
+
     @torch.no_grad()
     def step(self) -> None:
         if self._steps % self.every == 0:
@@ -288,6 +343,41 @@ class _Averaged(Teacher):
                     held.copy_(saved)
                     if name in self._exact:
                         self._exact[name] = saved.detach().float().clone()
+
+
+class _Cached(Teacher):
+    """See :meth:`Teacher.cached`."""
+
+    def __init__(self, cache: "EmbeddingCache", *, preprocessing: object, tokenizer: object, modalities: tuple[str, ...] | None) -> None:
+        nn.Module.__init__(self)
+        if not callable(cache) or not hasattr(cache, "fingerprint"):
+            raise TypeError(f"Teacher: expected an open EmbeddingCache, got {describe(cache)}. Call EmbeddingCache.open(path).")
+        cache.check(preprocessing=preprocessing, tokenizer=tokenizer)
+        self.modalities = check_modalities("Teacher", modalities)
+        for modality in self.modalities or ():
+            if modality not in cache.fingerprint:
+                raise ValueError(f"Teacher: expected a cache of {modality} embeddings, got {cache!r}. Build it with both modalities.")
+        self.cache = cache
+        super(Teacher, self).train(False)
+
+    def forward(self, batch: Any) -> Embeddings:
+        if not isinstance(batch, Mapping) or "id" not in batch:
+            raise TypeError(f'Teacher: expected a batch as a dict with "id" to look up, got {describe(batch)}. Let the data set give ids.')
+        device = next((value.device for key, value in batch.items() if key != "id" and isinstance(value, Tensor)), torch.device("cpu"))
+        found = self.cache(batch["id"])._asdict()
+        return Embeddings(
+            **{
+                key: value.to(device)
+                for key, value in found.items()
+                if value is not None and key in (self.modalities or Embeddings._fields)
+            }
+        )
+
+    def fingerprint(self) -> str:
+        return next(iter(self.cache.fingerprint.values()))["weights"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
+        return self  # holds no tensors
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,274 @@
+"""Teacher embeddings on disk: a frozen teacher need not see the same sample twice."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from geomreg.cache_build import (
+    BF16,
+    MANIFEST,
+    VIEW,
+    Source,
+    TableBuild,
+    agreed,
+    check_together,
+    compare,
+    described,
+    embed_missing,
+    modalities_of,
+    publish,
+    published,
+    rank_of_process,
+)
+from geomreg.checks import check_count, check_positive
+from geomreg.shards import Shard, Table, id_hashes
+from geomreg.teacher import Teacher
+from geomreg.types import Embeddings
+
+__all__ = ["EmbeddingCache"]
+
+
+class EmbeddingCache:
+    """Embeddings of a frozen teacher for every sample of a data set, on disk, found by sample id.
+
+    A forward of the teacher is a seventh of the work of a regularized step, and the same at every epoch. :meth:`build` makes the cache,
+    :meth:`open` opens it, ``Teacher.cached(cache)`` is a teacher like the others. Images and texts are tables of their own. Each has
+    a fingerprint: the teacher's weights, preprocessing or tokenizer, normalisation, data set; a mismatch names the part that
+    differs.
+
+    A cache holds one view for each sample. Augmented reference images need the teacher itself.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from geomreg import Embeddings, EmbeddingCache, Teacher
+        >>> data = [{"id": f"sample {k}", "image": torch.full((4,), float(k))} for k in range(10)]
+        >>> teacher = Teacher(torch.nn.Linear(4, 2), lambda model, batch: Embeddings(image=model(batch["image"])))
+        >>> cache = EmbeddingCache.build(teacher, data, tempfile.mkdtemp(), progress=False)
+        >>> len(cache), cache(["sample 7", "sample 0"]).image.shape
+        (10, torch.Size([2, 2]))
+    """
+
+    def __init__(self, path: Path, tables: dict[str, Table]) -> None:
+        self.path, self._tables = path, tables
+
+    # reading
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, teacher: Teacher | None = None, preprocessing: object = None, tokenizer: object = None
+    ) -> "EmbeddingCache":
+        """Open a finished cache: the index and the size of every file are checked now, rows when they are first read.
+
+        Args:
+            path: its folder.
+            teacher: if given, its weights must be those that the cache was built with.
+            preprocessing: if given, the transform of the images must be that of :meth:`build`: the object, or the string that it got.
+            tokenizer: likewise of the texts.
+
+        Raises:
+            FileNotFoundError: no cache there.
+            ValueError: built with another teacher, preprocessing or tokenizer.
+            RuntimeError: missing, truncated or damaged files.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            unfinished = " (an unfinished build)" if list(path.glob(".*.partial")) else ""
+            raise FileNotFoundError(f"EmbeddingCache: expected a cache in {path}, got no {MANIFEST}{unfinished}. Build it first.")
+        cache = cls(path, {modality: Table.open(path / folder) for modality, folder in published(path).items()})
+        cache.check(teacher=teacher, preprocessing=preprocessing, tokenizer=tokenizer)
+        return cache
+
+    def check(self, *, teacher: Teacher | None = None, preprocessing: object = None, tokenizer: object = None) -> None:
+        """Raise ValueError that names what differs, if something that is given is not what the cache was built with."""
+        weights = None if teacher is None else teacher.fingerprint()
+        views = {"image": preprocessing, "text": tokenizer}
+        for modality, fingerprint in self.fingerprint.items():
+            expected = {} if weights is None else {"weights": weights}
+            if views[modality] is not None:
+                expected[VIEW[modality]] = described(views[modality])
+            compare(self.path, modality, fingerprint, expected)
+
+    @property
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """For each modality what its table was built from."""
+        return {modality: dict(table.description["fingerprint"]) for modality, table in self._tables.items()}
+
+    def __len__(self) -> int:
+        """Samples that every table has rows for (at most)."""
+        return min(len(table) for table in self._tables.values())
+
+    def __contains__(self, sample: object) -> bool:
+        hashes = id_hashes("EmbeddingCache", [sample])
+        return all(bool((table.find(hashes) >= 0).all()) for table in self._tables.values())
+
+    def __call__(self, ids: Iterable[object] | Tensor) -> Embeddings:
+        """Embeddings of some samples.
+
+        Args:
+            ids: B sample ids: whole numbers or strings; a tensor of integers is read as such.
+
+        Returns:
+            :class:`Embeddings` of ``(B, D)`` fp32 tensors on the CPU; None for what the cache has no table of.
+
+        Raises:
+            ValueError: ids that are not in the cache.
+            RuntimeError: damaged files, found at the first touch of each block of rows.
+        """
+        known = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        hashes = id_hashes("EmbeddingCache", known)
+        found: dict[str, Tensor] = {}
+        for modality, table in self._tables.items():
+            rows = table.find(hashes)
+            if (absent := np.flatnonzero(rows < 0)).size:
+                shown = ", ".join(repr(known[k]) for k in absent[:3])
+                raise ValueError(
+                    f"EmbeddingCache: expected ids of {table.folder}, got {len(absent)} of {len(known)} that it lacks: {shown}. Build the "
+                    "cache over all reference data; an id's type counts (7 is not '7')."
+                )
+            found[modality] = torch.from_numpy(table.read(rows)).float()
+        return Embeddings(**found)
+
+    def ids(self) -> list[Any]:
+        """Ids of all samples, in the order of the data set."""
+        table = next(iter(self._tables.values()))
+        return [one for entry in table.description["shards"] for one in Shard(table.folder, entry["number"]).ids()]
+
+    def verify(
+        self, teacher: Teacher, dataset: Dataset[Any], n: int = 64, *, seed: int = 0, tolerance: float = 1e-3, **loading: Any
+    ) -> None:
+        """Embed ``n`` random samples anew and compare them with what is stored.
+
+        Args:
+            teacher: the teacher that is to be replaced.
+            dataset: the data set that training will see.
+            n: samples to compare.
+            seed: of their choice.
+            tolerance: largest distance of new and stored embedding, relative to the norm; 1e-3 is above fp16's rounding. Under
+                autocast the embeddings themselves depend on the batch by more.
+            loading: ``preprocessing``, ``tokenizer``, ``collate_fn``, ``batch_size`` as for :meth:`build`.
+
+        Raises:
+            ValueError: something differs: weights, preprocessing, tokenizer, normalisation, data set, or the embeddings of some samples.
+        """
+        check_count("EmbeddingCache.verify", "n", n, 1)
+        check_positive("EmbeddingCache.verify", "tolerance", tolerance)
+        source = Source("EmbeddingCache.verify", teacher, dataset, **loading)
+        expected = source.fingerprints(modalities_of(source.probe()))
+        for modality, table in self._tables.items():
+            if modality in expected:
+                compare(self.path, modality, table.description["fingerprint"], expected[modality])
+        chosen = torch.randperm(source.length, generator=torch.Generator().manual_seed(seed))[:n].tolist()
+        for ids, embeddings in source.embedded([chosen[k : k + source.batch_size] for k in range(0, len(chosen), source.batch_size)]):
+            if ids:
+                self._compare_rows(ids, embeddings, tolerance)
+
+    def _compare_rows(self, ids: list[Any], embeddings: Embeddings, tolerance: float) -> None:
+        stored = self(ids)
+        for modality in Embeddings._fields:
+            new, old = getattr(embeddings, modality), getattr(stored, modality)
+            if new is None or old is None:
+                continue
+            difference = torch.linalg.vector_norm(new - old, dim=1) / torch.linalg.vector_norm(old, dim=1).clamp_min(1e-12)
+            worst = int(difference.argmax())
+            if not float(difference[worst]) <= tolerance:
+                raise ValueError(
+                    f"EmbeddingCache.verify: expected the stored {modality} embedding of {ids[worst]!r} within {tolerance:g}, got one "
+                    f"{float(difference[worst]):.2g} away from the teacher's. The sample, its preprocessing or the "
+                    "precision has changed: build again."
+                )
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return EmbeddingCache.open, (self.path,)  # in a worker: files are opened there
+
+    def __repr__(self) -> str:
+        tables = (f"{m}: {len(t)} x {t.description['width']} {t.description['dtype']}" for m, t in self._tables.items())
+        return f"EmbeddingCache({str(self.path)!r}, {', '.join(tables)})"
+
+    # building
+
+    @classmethod
+    def build(
+        cls,
+        teacher: Teacher,
+        dataset: Dataset[Any],
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        preprocessing: object = None,
+        tokenizer: object = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        collate_fn: Any = default_collate,
+        shard_rows: int = 16_384,
+        progress: bool = True,
+    ) -> "EmbeddingCache":
+        """Embed every sample of a data set once, and open the result.
+
+        Like ``make``: a table that is finished and has this fingerprint stays; one that was interrupted goes on after its last finished
+        shard; one with another fingerprint is built beside the old, which is replaced at the end, and stays usable until then. What
+        the teacher's ``encode`` returns is built: one that returns texts alone rebuilds the texts and keeps the images.
+
+        In several processes (``torch.distributed``, a folder that all of them see) every process calls this with the same arguments and
+        embeds a part of the shards.
+
+        Args:
+            teacher: a frozen copy, or a student with its adapters off; not an averaged one, which moves.
+            dataset: of known length, whose samples are dicts with an ``"id"`` (whole number or string, each once) and what
+                ``teacher.encode`` takes. May have ``ids`` (of all samples: then checked before anything is embedded),
+                ``transform``, ``tokenizer``, and ``fingerprint`` (a string, or one for each modality, that changes with the content).
+            path: folder to build in.
+            dtype: ``torch.float32``, or ``torch.float16`` for half the size (0.9 % error on the average vector loss at a drift of 0.3 %).
+            preprocessing: the transform of the images, or a string that names it; by default ``dataset.transform``.
+            tokenizer: of the texts, or a string that names it; by default ``dataset.tokenizer``.
+            batch_size: samples embedded at a time.
+            num_workers: processes that load samples.
+            collate_fn: samples to a batch with ``"id"``; may leave out samples that cannot be read.
+            shard_rows: rows of a file, which is what a kill can cost.
+            progress: show a progress bar.
+
+        Raises:
+            TypeError: samples that are no dicts with an id; a data set without length.
+            ValueError: a sample that differs when it is loaded again (random augmentation, random templates); embeddings that are not
+                finite, or bf16; two samples with one id; bf16 as ``dtype``; tables of different teachers.
+            OSError: no space left. What was finished is kept.
+        """
+        name = "EmbeddingCache.build"
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(
+                f"{name}: expected dtype float32 or float16, got {dtype}. {BF16 if dtype == torch.bfloat16 else 'Choose one.'}"
+            )
+        check_count(name, "shard_rows", shard_rows, 1)
+        source = Source(
+            name, teacher, dataset, preprocessing=preprocessing, tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers,
+            collate_fn=collate_fn,
+        )  # fmt: skip
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with agreed():
+            probe = source.probe()
+            fingerprints = source.fingerprints(modalities_of(probe))
+            kind = {"dtype": str(dtype).removeprefix("torch."), "shard_rows": shard_rows}
+            builds = [
+                TableBuild(path, modality, {"modality": modality, "fingerprint": fingerprint, **kind}, source)
+                for modality, fingerprint in fingerprints.items()
+            ]
+            check_together(path, fingerprints)
+        with agreed():  # nothing is moved before every process has looked
+            todo = [one for one in builds if not one.finished()]
+        with agreed():
+            if rank_of_process() == 0:
+                for one in todo:
+                    one.prepare()
+        if todo:
+            with agreed():
+                embed_missing(source, todo, probe, shard_rows, progress)
+            with agreed():
+                if rank_of_process() == 0:
+                    publish(path, todo)
+        return cls.open(path)
