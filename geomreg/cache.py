@@ -19,7 +19,7 @@ from geomreg.cache_build import (
     agreed,
     check_together,
     compare,
-    described,
+    described_view,
     embed_missing,
     modalities_of,
     publish,
@@ -91,7 +91,7 @@ class EmbeddingCache:
         for modality, fingerprint in self.fingerprint.items():
             expected = {} if weights is None else {"weights": weights}
             if views[modality] is not None:
-                expected[VIEW[modality]] = described(views[modality])
+                expected[VIEW[modality]] = described_view(modality, views[modality])
             compare(self.path, modality, fingerprint, expected)
 
     @property

@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -35,7 +35,7 @@ __all__ = [
     "agreed",
     "check_together",
     "compare",
-    "described",
+    "described_view",
     "embed_missing",
     "modalities_of",
     "publish",
@@ -46,6 +46,7 @@ __all__ = [
 MANIFEST = "cache.json"
 VIEW = {"image": "preprocessing", "text": "tokenizer"}  # the part of a fingerprint that says how samples are seen
 BF16 = "bf16 puts 53 % error on the average vector loss at a drift of 0.3 %; project and normalise in fp32 (integrations.open_clip.embed)."
+_TEXTS = ("A photo of 2 cats.", "Ärger, naïve; 猫 🙂", "<tag> & it's  CamelCase\n", "a word " * 200)
 _PROBE = 16  # samples that are loaded twice before anything is built
 
 
@@ -179,7 +180,7 @@ class Source:
             data = content.get(modality) if isinstance(content, Mapping) else content
             found[modality] = {
                 "weights": weights,
-                VIEW[modality]: "not given" if view is None else described(view),
+                VIEW[modality]: "not given" if view is None else described_view(modality, view),
                 "normalisation": "unit" if normalized else "none",
                 "data set": ", ".join(filter(None, (f"{self.length} samples", ids and f"ids {ids}", data and f"content {data}"))),
             }
@@ -391,6 +392,16 @@ def described(value: object, depth: int = 5) -> str:
             )
         text = f"{name}({', '.join(described(part, depth - 1) for part in parts if part is not None and part != '')})"
     return text if len(text) <= 400 else f"{text[:80]}... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def described_view(modality: str, value: object) -> str:
+    """A preprocessing by its parameters, a tokenizer by what it makes of a few texts (which its caches do not change)."""
+    if modality == "text" and callable(value):
+        with suppress(Exception):  # takes other arguments than a list of texts
+            tokens = json.dumps(value(list(_TEXTS)), default=lambda one: one.tolist() if hasattr(one, "tolist") else dict(one))
+            owner = value if isinstance(value, (FunctionType, type)) else type(value)
+            return f"{owner.__module__}.{owner.__qualname__}, tokens sha256 {hashlib.sha256(tokens.encode()).hexdigest()[:16]}"
+    return described(value)
 
 
 def modalities_of(probe: tuple[list[Any], Embeddings]) -> dict[str, bool]:

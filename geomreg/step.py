@@ -52,11 +52,11 @@ def backward(
         model: the ``DistributedDataParallel`` or FSDP2 module that ``encode`` runs, whose gradients are to be synchronised in the
             last chunk alone; None in a single process.
         parameters: tensors that require grad and that ``loss_fn`` uses outside of ``encode``, such as the logit scale. Their
-            gradient enters in the last chunk's backward pass, so that DDP sees it.
+            gradient enters in the last chunk's backward pass, so that DDP sees it. Those that ``loss_fn`` does not use get zero.
         separable: the loss is a mean over samples: one pass, each chunk's loss weighted by its share of the batch.
         scale: applied to the loss once, ``GradScaler.scale`` say.
-        sync: False on all but the last call of an optimizer step. Under DDP let that be the call that uses every parameter: the
-            target loss, whose logit scale a regularizer does not see.
+        sync: False on all but the last call of an optimizer step. That call must see every parameter that is trained: let its
+            ``parameters`` name the logit scale also where only the step's other losses use it.
 
     Returns:
         The loss: 0-d, detached, not scaled.
@@ -68,7 +68,8 @@ def backward(
         TypeError: ``encode`` returns no :class:`Embeddings`; the batch holds no tensors.
         RuntimeError: a batch normalisation in training mode, whose statistics would be those of the chunks.
 
-        Whatever is refused is refused before any gradient is added.
+        Whatever is refused is refused before any gradient is added; but with ``separable`` what shows in a later chunk leaves the
+        gradient of the earlier ones.
 
     Note:
         Random numbers of torch are replayed, on the CPU and on the devices of the batch; those of Python and NumPy are not. A term
@@ -92,13 +93,13 @@ def backward(
         _Chunk(part, encoder, piece, start) for part, (encoder, one) in enumerate(parts) for start, piece in _chunked(one, chunk_size)
     ]
     if separable:
-        return _separable(parts, chunks, loss_fn, model, scale, sync)
+        return _separable(parts, chunks, loss_fn, model, parameters, scale, sync)
     if len(chunks) == len(parts):  # nothing to save
         with torch.enable_grad(), _synchronised(model, sync):
             embeddings = _merged([[_encoded(chunk)] for chunk in chunks])
             loss = check_scalar("backward", loss_fn(embeddings))
             _check_reached(loss, embeddings, None)
-            scale(loss).backward()  # type: ignore[no-untyped-call]
+            _seen(scale(loss), parameters).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     devices = _devices(chunks)
@@ -134,7 +135,10 @@ def backward(
             with torch.enable_grad(), _synchronised(model, False):
                 _add_gradient(products(k))
     with torch.enable_grad(), _synchronised(model, sync):  # the last chunks of all parts together: DDP waits for every parameter
-        of_loss = [(value * grad).sum().to(loss.dtype) for value, grad in zip(parameters, of_parameters, strict=True) if grad is not None]
+        of_loss = [
+            (value * (0.0 if gradient is None else gradient)).sum().to(loss.dtype)
+            for value, gradient in zip(parameters, of_parameters, strict=True)
+        ]
         _add_gradient([product for k in final.values() for product in products(k)] + of_loss)
     _set_random_state(after)
     return loss.detach()
@@ -144,6 +148,13 @@ def _add_gradient(products: list[Tensor]) -> None:
     """Backward pass of the sum, if the loss depends on any of them."""
     if products:
         torch.stack(products).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _seen(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The loss, with a gradient of zero at least for every parameter: DDP waits for each."""
+    for value in parameters:
+        loss = loss + (0.0 * value).sum().to(loss.dtype)
+    return loss
 
 
 class _Chunk(NamedTuple):
@@ -263,21 +274,25 @@ def _separable(
     chunks: list[_Chunk],
     loss_fn: Callable[..., Tensor],
     model: nn.Module | None,
+    parameters: Sequence[Tensor],
     scale: Callable[[Tensor], Tensor],
     sync: bool,
 ) -> Tensor:
     if len(parts) > 1:
         raise ValueError(f"backward: expected one encode and batch with separable=True, got {len(parts)} parts. Encode both in one.")
     rows, total = _rows(parts[0][1]), None
+    widths: Embeddings | None = None
     for k, chunk in enumerate(chunks):
-        share = _rows(chunk.batch) / rows
-        with torch.enable_grad(), _refusing_batch_norm(model, len(chunks) > 1), _synchronised(model, sync and k == len(chunks) - 1):
+        share, last = _rows(chunk.batch) / rows, k == len(chunks) - 1
+        with torch.enable_grad(), _refusing_batch_norm(model, len(chunks) > 1), _synchronised(model, sync and last):
             embeddings = _encoded(chunk)
+            _merged([[embeddings if widths is None else widths, embeddings]])  # refuses other widths
+            widths = Embeddings(*(None if value is None else value.detach()[:1] for value in embeddings))
             device = next(value.device for value in embeddings if value is not None)
             index = torch.arange(chunk.start, chunk.start + _rows(chunk.batch), device=device)
             loss = share * check_scalar("backward", loss_fn(embeddings, index))
             _check_reached(loss, embeddings, None)
-            scale(loss).backward()  # type: ignore[no-untyped-call]
+            _seen(scale(loss), parameters if last else ()).backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:  # excluded by check_chunks
         raise ValueError("backward")

@@ -167,8 +167,8 @@ class Scaled(Towers):
         self.logit_scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
 
-def stepped(ranks, chunk_size, wrap=lambda model: model, declared=True):
-    """Gradients after a chunked regularizer and a chunked target loss, step by step."""
+def stepped(ranks, chunk_size, wrap=lambda model: model, declared=True, target_first=False):
+    """Gradients after a chunked regularizer and a chunked target loss, in this order or the other, step by step."""
     towers, teacher = Scaled(), Teacher(Towers(seed=1), lambda model, batch: model(*batch))
     student, keep, replay, record = wrap(towers), DiVE(decay=0.5), ContrastiveReplay(), []
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
@@ -180,14 +180,19 @@ def stepped(ranks, chunk_size, wrap=lambda model: model, declared=True):
         def encode(batch):
             return student(*batch)
 
-        backward(encode, reference, lambda e, batch=reference: keep(e, teacher(batch)), sync=False, **options)
-        backward(
-            encode,
-            target,
-            lambda e: replay(e, logit_scale=towers.logit_scale.exp()),
-            parameters=[towers.logit_scale] if declared else [],
-            **options,
-        )
+        options["parameters"] = [towers.logit_scale] if declared else []
+
+        def regularize(sync, reference=reference, options=options, encode=encode):
+            backward(
+                encode, reference, lambda e, index: keep(e, Embeddings(*(x[index] for x in teacher(reference)))), separable=True,
+                sync=sync, **options,
+            )  # fmt: skip
+
+        def fit(sync, target=target, options=options, encode=encode):
+            backward(encode, target, lambda e: replay(e, logit_scale=towers.logit_scale.exp()), sync=sync, **options)
+
+        for last, part in enumerate((fit, regularize) if target_first else (regularize, fit)):
+            part(bool(last))
         record.append(torch.cat([p.grad.flatten() for p in towers.parameters()]))
         optimizer.step()
         keep.step()
@@ -199,7 +204,9 @@ def unique_texts(ranks, chunk_size, wrap=lambda model: model):
     towers = Scaled()
     student = wrap(Either(towers))
     images, texts = data(0, ranks)
-    texts = torch.cat([texts[k : k + 4][[0, 1, 0, 0] if rank == 0 else [0, 1, 2, 1]] for k, rank in zip(range(0, 8, 4), ranks)])
+    texts = torch.cat(
+        [texts[k : k + 4][[0, 1, 0, 0] if rank == 0 else [0, 1, 2, 1]] for k, rank in zip(range(0, 8, 4), ranks, strict=False)]
+    )
     different, row = texts.unique(dim=0, return_inverse=True)
     replay = ContrastiveReplay()
     parts = [(lambda b: Embeddings(image=student(images=b)), images), (lambda b: Embeddings(text=student(texts=b)), different)]
@@ -267,7 +274,11 @@ def work(rank, folder):
         owners = {"average_vector": AverageVectorLoss, "dive": DiVE}
         result["absent"] = {(n, c): absent(partial(o, decay=0.0), rank, c) for n, o in owners.items() for c in (False, True)}
         result["uneven rows"] = uneven_rows(rank)
-        result["stepped"] = {size: stepped([rank], size, DistributedDataParallel) for size in (1, 3, 10)}
+        result["stepped"] = {
+            (size, first): stepped([rank], size, DistributedDataParallel, target_first=first)
+            for size in (1, 3, 10)
+            for first in (False, True)
+        }
         result["unique"] = {size: unique_texts([rank], size, DistributedDataParallel) for size in (1, 2, 10)}
         result["undeclared"] = undeclared(rank)
         result["sharded"] = sharded(rank)
@@ -363,12 +374,13 @@ def test_before_refuses_a_rank_without_a_batch(results):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 10])
-def test_chunked_step_equals_one_process(results, chunk_size):
+@pytest.mark.parametrize("target_first", [False, True])
+def test_chunked_step_equals_one_process(results, chunk_size, target_first):
     expected = stepped(range(RANKS), 100)
     for step in range(STEPS):
         for result in results:
-            close(result["stepped"][chunk_size][step], expected[step], 1e-6)  # the mean is fp32
-    close(results[0]["stepped"][chunk_size][0], expected[0], 1e-12)  # at the first step it is zero
+            close(result["stepped"][chunk_size, target_first][step], expected[step], 1e-6)  # the mean is fp32
+    close(results[0]["stepped"][chunk_size, target_first][0], expected[0], 1e-12)  # at the first step it is zero
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 10])

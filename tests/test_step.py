@@ -237,6 +237,23 @@ def test_terms_that_say_they_are_separable_are(name, training):
     close(found[0][1], found[1][1], 1e-6)
 
 
+@pytest.mark.parametrize("options", [{"chunk_size": 9}, {"chunk_size": 2}, {"chunk_size": 2, "separable": True}])
+def test_declared_parameters_that_the_loss_does_not_use(options):
+    """Have a gradient of zero, which is what DDP waits for; one that is there stays."""
+    model = Towers()
+
+    def loss_fn(embeddings, index=None):
+        return embeddings.image.square().mean()
+
+    backward(encode_with(model), data(5), loss_fn, parameters=[model.logit_scale], **options)
+    assert model.logit_scale.grad == 0
+    found = gradients(model)
+    model.logit_scale.grad.fill_(3.0)
+    backward(encode_with(model), data(5), loss_fn, parameters=[model.logit_scale], **options)
+    assert model.logit_scale.grad == 3
+    close(gradients(model)[1:], 2 * found[1:], 1e-12)
+
+
 def test_sums_that_are_not_separable():
     assert not WeightedSum(a=(1.0, FeatureDistillation()), b=(1.0, GramStructure())).separable
     assert not WeightedSum(a=(BalancedWeight(0.1), FeatureDistillation())).separable
@@ -451,6 +468,14 @@ def test_bad_parts():
         backward([part, part], None, lambda e: e.image.sum(), chunk_size=2)
     with pytest.raises(ValueError, match=r"^backward: expected one encode and batch with separable=True, got 2 parts"):
         backward([part, part], None, lambda e, i: e.image.sum(), chunk_size=2, separable=True)
+
+
+def test_separable_chunks_of_other_widths():
+    model = Towers()
+    with pytest.raises(ValueError, match=r"^backward: expected image embeddings of one width from every chunk"):
+        backward(
+            lambda b: Embeddings(model.image(b[0])[:, : len(b[0])]), data(5), lambda e, i: e.image.mean(), chunk_size=2, separable=True
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("separable", [False, True])

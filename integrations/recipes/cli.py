@@ -3,7 +3,8 @@
 import difflib
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -38,15 +39,24 @@ def _run(arguments: list[str]) -> int:
             print(f"geomreg: {line.rstrip('.')}.{hint}", file=sys.stderr)
             raise SystemExit(2)
 
-    parser = Parser(prog="geomreg", description="Fine-tune embedding models without losing their geometry.")
-    commands = parser.add_subcommands(dest="command", required=True)
-    from geomreg.integrations.quickstart.run import Options, quickstart
+    from geomreg.integrations.quickstart.run import Options as QuickstartOptions
+    from geomreg.integrations.quickstart.run import quickstart
+    from geomreg.integrations.recipes.embed import Options as EmbedOptions
+    from geomreg.integrations.recipes.embed import embed_data
 
-    sub = Parser(description=quickstart.__doc__.splitlines()[0] if quickstart.__doc__ else None)
-    sub.add_class_arguments(Options, as_group=False)
-    commands.add_subcommand("quickstart", sub, help="plain FLYP against FLYP + DiVE on OpenMoji pictures, a few minutes on a CPU")
+    commands: dict[str, tuple[Callable[[Any], Any], type[Any], str]] = {
+        "quickstart": (quickstart, QuickstartOptions, "plain FLYP against FLYP + DiVE on OpenMoji pictures, a few minutes on a CPU"),
+        "embed": (embed_data, EmbedOptions, "a cache of a frozen model's embeddings, for Teacher.cached"),
+    }
+    parser = Parser(prog="geomreg", description="Fine-tune embedding models without losing their geometry.")
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    for name, (command, options, summary) in commands.items():
+        sub = Parser(description=command.__doc__.splitlines()[0] if command.__doc__ else None)
+        sub.add_class_arguments(options, as_group=False)
+        subcommands.add_subcommand(name, sub, help=summary)
     values = parser.parse_args(arguments)
-    quickstart(Options(**vars(values.quickstart)))
+    command, options, _ = commands[values.command]
+    command(options(**vars(values[values.command])))
     return 0
 
 

@@ -120,31 +120,42 @@ def finetune(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    loss_fn = contrastive(accelerator)
+    contrast = contrastive(accelerator)
     for part in (regularizer, teacher):
         if part is not None:
             part.to(accelerator.device)
             part.train()
     wrapped.train()
     scale: Callable[[Tensor], Tensor] = accelerator.scaler.scale if accelerator.scaler is not None else lambda loss: loss
-    options: dict[str, Any] = {"chunk_size": settings.chunk_size or sys.maxsize, "model": wrapped, "scale": scale}
+    logit_scale = unwrap(wrapped).logit_scale
+    options: dict[str, Any] = {
+        "chunk_size": settings.chunk_size or sys.maxsize,
+        "model": wrapped,
+        "parameters": [logit_scale] if logit_scale.requires_grad else [],
+        "scale": scale,
+    }
 
     def encoded(batch: Batch) -> Embeddings:
         with accelerator.autocast():
             return encode(wrapped, batch)
 
+    def loss_fn(image: Tensor, text: Tensor) -> Tensor:
+        return contrast(image, text, logit_scale.exp())
+
     for step in range(settings.steps):
         optimizer.zero_grad()
         value = torch.zeros((), device=accelerator.device)
         entry: dict[str, float] = {"step": step + 1}
-        # The target loss comes last: it alone uses every parameter, so DDP synchronises all gradients in its backward pass.
-        if regularizer is not None and reference is not None and teacher is not None and step % settings.regularize_every == 0:
+        regularized = regularizer is not None and step % settings.regularize_every == 0
+        loss = _contrasted(encoded, _moved(next(target), accelerator.device), loss_fn, settings, {**options, "sync": not regularized})
+        # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names the logit scale.
+        if regularized and regularizer is not None and reference is not None and teacher is not None:
             batch = _moved(next(reference), accelerator.device)
             with accelerator.autocast():
                 frozen = teacher(batch)
             terms, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, options)
+            del batch, frozen
             entry |= {name: part.item() for name, part in terms.items()}
-        loss = _contrasted(encoded, _moved(next(target), accelerator.device), loss_fn, unwrap(wrapped).logit_scale, settings, options)
         entry |= {"loss": loss.item(), "regularizer": value.item()}
         finite = torch.isfinite(loss.detach() + value).float()
         if accelerator.reduce(finite, reduction="sum").item() < accelerator.num_processes:  # all stop, or none
@@ -193,28 +204,26 @@ def _regularized(
             rows_of_teacher = Embeddings(*(None if value is None else value[index] for value in frozen))
             return of(regularizer.terms(embeddings, rows_of_teacher), len(index) / rows)
 
-        total = backward(encoded, inputs, loss_fn, separable=True, sync=False, **options)
+        total = backward(encoded, inputs, loss_fn, separable=True, **options)
     else:
-        total = backward(encoded, inputs, lambda embeddings: of(regularizer.terms(embeddings, frozen), 1.0), sync=False, **options)
+        total = backward(encoded, inputs, lambda embeddings: of(regularizer.terms(embeddings, frozen), 1.0), **options)
     return parts, total / factor
 
 
 def _contrasted(
     encoded: Callable[[Batch], Embeddings],
     batch: Batch,
-    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
-    logit_scale: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
     settings: Settings,
     options: dict[str, Any],
 ) -> Tensor:
     """Contrastive loss of a target batch; adds its gradient."""
-    parameters = [logit_scale] if logit_scale.requires_grad else []
     inputs = {key: batch[key] for key in ("image", "text")}
     if not settings.unique_texts:
-        return backward(encoded, inputs, lambda e: loss_fn(e.image, e.text, logit_scale.exp()), parameters=parameters, **options)
+        return backward(encoded, inputs, lambda e: loss_fn(*e), **options)
     texts, row = inputs["text"].unique(dim=0, return_inverse=True)
     parts = [(encoded, {"image": inputs["image"]}), (encoded, {"text": texts})]
-    return backward(parts, None, lambda e: loss_fn(e.image, e.text[row], logit_scale.exp()), parameters=parameters, **options)
+    return backward(parts, None, lambda e: loss_fn(e.image, e.text[row]), **options)
 
 
 def _moved(batch: Batch, device: Any) -> Batch:

@@ -1,8 +1,10 @@
 """Two gloo processes with half a batch each end with the weights of one process with the whole batch."""
 
+import dataclasses
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,19 +17,28 @@ from geomreg import DiVE, Teacher, WeightedSum
 from geomreg.integrations.recipes.train import encode, finetune
 
 
+def repeating(stream):
+    """Captions that repeat, on one rank more than on the other."""
+    for batch in stream:
+        yield batch | {"text": batch["text"][[0, 1, 0, 2, 0, 5]]}
+
+
 def part_of(stream, rank: int, ranks: int):
     for batch in stream:
         yield {key: value[rank::ranks] for key, value in batch.items()}
 
 
-def run(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+VARIANTS = ({}, {"chunk_size": 2}, {"unique_texts": True}, {"chunk_size": 2, "unique_texts": True})
+
+
+def run(rank: int, ranks: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Final weights and running mean of FLYP + DiVE on this rank's part of every batch."""
     student = model()
     keep = WeightedSum(dive=(7.0, DiVE()))
     finetune(
         student,
-        part_of(batches(1, size=6), rank, ranks),
-        SETTINGS,
+        part_of(repeating(batches(1, size=6)), rank, ranks),
+        dataclasses.replace(SETTINGS, **options),
         regularizer=keep,
         reference=part_of(batches(2, size=4), rank, ranks),
         teacher=Teacher(student, encode),
@@ -40,7 +51,7 @@ def worker(rank: int, ranks: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in address.items()})
-    torch.save(run(rank, ranks), Path(folder) / f"{rank}.pt")
+    torch.save([run(rank, ranks, options) for options in VARIANTS], Path(folder) / f"{rank}.pt")
 
 
 def free_port() -> int:
@@ -53,11 +64,12 @@ def free_port() -> int:
 def test_two_processes_equal_one(tmp_path):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    whole = run(0, 1)
+    whole = run(0, 1, {})
     mp.spawn(worker, args=(2, free_port(), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    results = zip(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)), strict=True)
     before = model().state_dict()
-    assert any(not torch.equal(value, before[key]) for key, value in first.items() if key in before)
-    for key, value in whole.items():
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, msg=f"ranks differ in {key}")
-        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-7, msg=key)
+    for options, (first, second) in zip(VARIANTS, results, strict=True):
+        assert any(not torch.equal(value, before[key]) for key, value in first.items() if key in before)
+        for key, value in whole.items():
+            torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, msg=f"ranks differ in {key} with {options}")
+            torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-7, msg=f"{key} with {options}")

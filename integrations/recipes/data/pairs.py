@@ -1,0 +1,188 @@
+"""Image-text pairs listed in a CSV or TSV file."""
+
+import difflib
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from geomreg.checks import check_callable, check_choices
+from geomreg.integrations.recipes.data.images import image_sample
+from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
+from geomreg.integrations.recipes.data.table import read_rows
+from geomreg.integrations.recipes.data.texts import Tokenizer, tokenize
+from geomreg.types import Embeddings
+
+__all__ = ["CAPTION_KEYS", "IMAGE_KEYS", "CsvPairs"]
+
+IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file_name", "filename", "img")
+CAPTION_KEYS = ("title", "caption", "text", "label_text", "description")
+_ID_KEYS = ("id",)
+
+
+class CsvPairs(Dataset[dict[str, Any]]):
+    """Image-text pairs of a CSV or TSV file with a header; the files of FLYP and open_clip as they are.
+
+    Sample i is ``{"id": str, "image": transform(image), "text": (L,) int64}`` with the asked modalities only, and
+    ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded. Images are loaded as torchvision
+    does: ``convert("RGB")``, without EXIF orientation, within PIL's limit against decompression bombs.
+
+    **Ids** are those of the id column, which must be unique. Without one they are the image paths as written, and ``path#1``,
+    ``path#2``, ... for further rows with the same image: unique, and the same after captions were edited. Without images they
+    are the numbers of the rows, from 0.
+
+    The columns are packed (:class:`~geomreg.integrations.recipes.data.strings.Strings`): forked workers share them.
+
+    Args:
+        path: UTF-8 file, with or without byte order mark; quotes as in Python's csv module; blank lines are ignored.
+        transform: PIL image in RGB to tensor; may be None without the modality ``"image"``.
+        tokenizer: as open_clip's, list of N strings to ``(N, L)`` int64; may be None without the modality ``"text"``.
+        image_key: column of image paths; by default the first of :data:`IMAGE_KEYS` that there is.
+        caption_key: column of captions; by default the first of :data:`CAPTION_KEYS` that there is.
+        id_key: column of ids; by default ``id`` if there is one.
+        separator: by default found among tab, comma, semicolon and pipe.
+        root: folder of relative image paths; by default that of the file.
+        modalities: what samples hold; ``("text",)`` opens no image and needs no column of them, ``("image",)`` likewise.
+        strict: raise on a broken image.
+
+    Attributes:
+        ids: N strings.
+        transform, tokenizer, modalities: as given.
+
+    Raises:
+        FileNotFoundError: no such file, or the first image is not there (the others are not looked for).
+        ValueError: an empty or damaged file, a missing column, an empty path or id, an id twice; with ``strict`` a broken image.
+        TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        transform: Callable[[Image.Image], Tensor] | None,
+        tokenizer: Tokenizer | None,
+        image_key: str | None = None,
+        caption_key: str | None = None,
+        id_key: str | None = None,
+        separator: str | None = None,
+        root: str | os.PathLike[str] | None = None,
+        modalities: tuple[str, ...] = ("image", "text"),
+        strict: bool = False,
+    ) -> None:
+        self.modalities = check_choices("CsvPairs", "modalities", modalities, Embeddings._fields)
+        if "image" in self.modalities:
+            check_callable("CsvPairs", "transform", transform, "of a PIL image")
+        if "text" in self.modalities:
+            check_callable("CsvPairs", "tokenizer", tokenizer, "of a list of strings")
+        self.path = os.fspath(path)
+        self.root = os.path.abspath(os.path.dirname(self.path) if root is None else root)
+        self.transform, self.tokenizer, self.strict = transform, tokenizer, strict
+        given = [key for key in (image_key, caption_key, id_key) if key is not None]
+        known = {key.casefold() for key in (*given, *IMAGE_KEYS, *CAPTION_KEYS, *_ID_KEYS)}
+        rows = read_rows("CsvPairs", self.path, separator=separator, known=known)
+        header = [field.strip() for field in next(rows)[1]]
+        image = self._column(header, "image", image_key, IMAGE_KEYS, needed="image" in self.modalities)
+        caption = self._column(header, "caption", caption_key, CAPTION_KEYS, needed="text" in self.modalities)
+        identity = self._column(header, "id", id_key, _ID_KEYS, needed=False)
+        wanted = {
+            "path": image if "image" in self.modalities or identity is None else None,
+            "caption": caption if "text" in self.modalities else None,
+            "id": identity,
+        }
+        parts: dict[str, list[Strings]] = {what: [] for what, column in wanted.items() if column is not None}
+        lines = []
+        for chunk in chunks(rows):
+            lines.append(np.array([line for line, _ in chunk], np.uint32))
+            for what in parts:
+                parts[what].append(Strings.pack(fields[wanted[what]] for _, fields in chunk))
+        if not lines:
+            raise ValueError(f"CsvPairs: expected rows after the header of {self.path}, got none. Write a row for each sample.")
+        self._lines = np.concatenate(lines)
+        columns = {what: Strings.concatenate(parts.pop(what)) for what in list(parts)}
+        for what in columns.keys() - {"caption"}:
+            for row in np.flatnonzero(columns[what].lengths == 0):
+                raise ValueError(
+                    f"CsvPairs: expected a text in every row of the {what} column, got an empty one in line {self._lines[row]} of "
+                    f"{self.path}. Fill it in or leave the row out."
+                )
+        self._captions, self._paths = columns.get("caption"), columns.get("path")
+        self.ids: Sequence[str] = self._ids(columns.get("id"), id_key)
+        if "image" in self.modalities and not os.path.isfile(first := self._image_path(0)):
+            raise FileNotFoundError(
+                f"CsvPairs: expected the first image of {self.path}, got no file {first}. Pass root=, the images' folder."
+            )
+
+    def _column(self, header: list[str], what: str, key: str | None, usual: tuple[str, ...], *, needed: bool) -> int | None:
+        listed = ", ".join(map(repr, header))
+        if key is None:
+            lower = [name.casefold() for name in header]
+            position = next((lower.index(name) for name in usual if name in lower), None)
+            if position is None and needed:
+                raise ValueError(
+                    f"CsvPairs: expected a column of {what}s in {self.path} ({', '.join(usual)}), got the columns {listed}. "
+                    f"Pass {what}_key=, or write a header as the first line."
+                )
+            if position is None:
+                return None
+            key = header[position]
+        if key not in header:
+            near = difflib.get_close_matches(key, header, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Pass one of these."
+            raise ValueError(f"CsvPairs: expected {what}_key as one of the columns {listed} of {self.path}, got {key!r}. {hint}")
+        if header.count(key) > 1:
+            raise ValueError(
+                f"CsvPairs: expected one column {key!r} in {self.path}, got {header.count(key)} among {listed}. Rename the others."
+            )
+        return header.index(key)
+
+    def _ids(self, given: Strings | None, id_key: str | None) -> Strings:
+        if given is not None:
+            hint = "Make them unique."
+            if id_key is None:
+                hint = "Make them unique, or rename the column so that paths become the ids."
+            return self._checked(given, hint)
+        if self._paths is None:
+            return Strings.concatenate(Strings.pack(map(str, chunk)) for chunk in chunks(range(len(self))))
+        counts = np.zeros(len(self), np.uint32)
+        for row, _, count in repeats(self._paths):
+            counts[row] = count
+        if not counts.any():
+            return self._paths
+        numbered = (f"{path}#{count}" if count else path for path, count in zip(self._paths, counts, strict=True))
+        ids = Strings.concatenate(map(Strings.pack, chunks(numbered)))
+        self._paths = Strings(ids.blob, ids.starts, ids.starts + self._paths.lengths)  # within the ids: no second copy
+        return self._checked(ids, "Pass id_key=, a column of unique ids.")
+
+    def _checked(self, ids: Strings, hint: str) -> Strings:
+        for row, first, _ in repeats(ids):
+            raise ValueError(
+                f"CsvPairs: expected ids that differ, got {ids[row]!r} in lines {self._lines[first]} and {self._lines[row]} of "
+                f"{self.path}. {hint}"
+            )
+        return ids
+
+    def _image_path(self, index: int) -> str:
+        return os.path.join(self.root, self._paths[index])
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = {"id": self.ids[index]}
+        if "image" in self.modalities:
+            where = f" (line {self._lines[index]} of {self.path})"
+            sample = image_sample("CsvPairs", sample["id"], self._image_path(index), self.transform, strict=self.strict, where=where)
+        if "text" in self.modalities and "broken" not in sample:
+            sample["text"] = tokenize("CsvPairs", self.tokenizer, self._captions[index])
+        return sample
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """For each modality a digest of the ids and of the captions or image paths as written, in order; root plays no part."""
+        columns = {"image": self._paths, "text": self._captions}
+        return {modality: fingerprint(self.ids, columns[modality]) for modality in self.modalities}

@@ -1,0 +1,156 @@
+"""``geomreg embed``: a teacher's embeddings of a data set, once and for all."""
+
+import contextlib
+import difflib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from geomreg.cache import EmbeddingCache
+from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
+from geomreg.integrations.recipes.train import Batch, encode
+from geomreg.shards import write_file
+from geomreg.teacher import Teacher
+from geomreg.types import Embeddings
+
+__all__ = ["Options", "embed_data", "load_open_clip"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SKIPPED = "skipped.txt"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``geomreg embed``.
+
+    Args:
+        model: name of an open_clip model, or a folder with open_clip_config.json and weights.
+        data: CSV or TSV file of image-text pairs, or a folder of class folders.
+        output: folder of the cache; an interrupted build goes on there.
+        pretrained: tag or file of the weights; not for a folder.
+        modality: what to embed; "text" after captions or tokenizer have changed keeps the images.
+        dtype: of the stored numbers, float32 or float16.
+        precision: of the model, fp32, bf16 or fp16 (autocast; the last projection stays in fp32).
+        batch_size: samples at a time.
+        workers: processes that load samples.
+        device: "auto" takes a GPU if there is one; or "cpu", "cuda".
+        image_key: column of the image paths (CSV).
+        caption_key: column of the captions (CSV).
+        id_key: column of the ids (CSV).
+        separator: of the columns (CSV).
+        root: folder of relative image paths (CSV).
+        class_names: JSON or CSV file from folder to class name (folders).
+        templates: texts with {} for the class name (folders).
+        strict: stop at an image that cannot be read, instead of leaving it out.
+        check: samples that are embedded again at the end and compared; 0 for none.
+    """
+
+    model: str
+    data: Path
+    output: Path
+    pretrained: str | None = None
+    modality: Literal["both", "image", "text"] = "both"
+    dtype: Literal["float32", "float16"] = "float32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: int = 256
+    workers: int = 4
+    device: str = "auto"
+    image_key: str | None = None
+    caption_key: str | None = None
+    id_key: str | None = None
+    separator: str | None = None
+    root: Path | None = None
+    class_names: Path | None = None
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    strict: bool = False
+    check: int = 64
+
+
+def embed_data(options: Options) -> EmbeddingCache:
+    """Embed every pair of a data set with an open_clip model; see :meth:`geomreg.EmbeddingCache.build`.
+
+    Under ``torchrun`` or ``accelerate launch`` the processes share the work. Images that cannot be read are listed in skipped.txt.
+    """
+    state = PartialState(cpu=options.device == "cpu")
+    device = state.device if options.device == "auto" else torch.device(options.device)
+    if device.type != state.device.type:
+        raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')
+    model, transform, tokenizer = load_open_clip(options.model, options.pretrained)
+    modalities = ("image", "text") if options.modality == "both" else (options.modality,)
+    dataset = _data(options, transform, tokenizer, modalities)
+    precision = _PRECISIONS[options.precision]
+
+    def encode_in_precision(model: nn.Module, batch: Batch) -> Embeddings:
+        with contextlib.nullcontext() if precision is None else torch.autocast(device.type, precision):
+            return encode(model, batch)
+
+    teacher = Teacher(model, encode_in_precision).to(device)
+    loading: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "batch_size": options.batch_size,
+        "num_workers": options.workers,
+        "collate_fn": collate,
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "EmbeddingCache.build: .* could not be read")  # said below, with their names
+        cache = EmbeddingCache.build(teacher, dataset, options.output, dtype=_DTYPES[options.dtype], **loading)
+    if state.is_main_process:
+        _list_skipped(cache, dataset, options.output / SKIPPED)
+        if options.check:
+            cache.verify(teacher, dataset, options.check, tolerance=1e-3 if precision is None else 2e-2, **loading)
+        print(cache)
+    state.wait_for_everyone()
+    return cache
+
+
+def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Callable[..., Any], Callable[..., Any]]:
+    """Model in evaluation mode, the transform of evaluation, and the tokenizer; by name and weights, or from a folder."""
+    folder = Path(name)
+    if folder.is_dir():
+        if pretrained is not None:
+            raise ValueError(f"embed: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
+        if not (folder / "open_clip_config.json").is_file():
+            raise ValueError(f"embed: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
+        name = f"local-dir:{folder}"
+    elif name not in open_clip.list_models() and not name.startswith(("hf-hub:", "local-dir:")):
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "See open_clip.list_models()."
+        raise ValueError(f"embed: expected a model of open_clip or a folder, got {name!r}. {hint}")
+    elif pretrained is None and not name.startswith(("hf-hub:", "local-dir:")):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"embed: expected pretrained weights for {name} (a file, or of: {known}), got none. Pass --pretrained.")
+    model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, output_dict=True)
+    return model.eval(), transform, open_clip.get_tokenizer(name)
+
+
+def _data(options: Options, transform: Any, tokenizer: Any, modalities: tuple[str, ...]) -> CsvPairs | LabelledFolder:
+    if options.data.is_dir():
+        return LabelledFolder(
+            options.data,
+            transform=transform,
+            tokenizer=tokenizer,
+            class_names=options.class_names,
+            templates=options.templates,
+            strict=options.strict,
+            modalities=modalities,
+        )
+    keys = {key: getattr(options, key) for key in ("image_key", "caption_key", "id_key", "separator", "root", "strict")}
+    return CsvPairs(options.data, transform=transform, tokenizer=tokenizer, modalities=modalities, **keys)
+
+
+def _list_skipped(cache: EmbeddingCache, dataset: CsvPairs | LabelledFolder, path: Path) -> None:
+    """What has no row and why, in a file; and on one line how many."""
+    embedded = set(cache.ids())
+    lines = [f"{sample}\t{dataset[row].get('broken', 'left out')}" for row, sample in enumerate(dataset.ids) if sample not in embedded]
+    path.unlink(missing_ok=True)
+    if lines:
+        write_file(path, ("\n".join(lines) + "\n").encode())
+        print(f"{len(lines)} of {len(dataset)} samples could not be read: see {path}. Train without them.")
