@@ -172,9 +172,9 @@ def _check_encode(model: nn.Module, encode: Callable[[nn.Module, Any], Embedding
 
 
 def _check_independent(model: nn.Module, frozen: nn.Module) -> None:
-    storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model) if tensor.numel()}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)} - {0}  # empty, on meta, or fake
     for name, tensor in list(frozen.named_parameters()) + list(frozen.named_buffers()):
-        if tensor.numel() and tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() in storages:
+        if tensor.untyped_storage().data_ptr() in storages:
             raise ValueError(
                 f"Teacher: expected a copy with storage of its own, got one that shares {name!r} with the model. "
                 "The model's __deepcopy__ keeps it; pass a second, separately built model."
@@ -305,7 +305,8 @@ class _Averaged(Teacher):
                 value = student[name].detach().to(held.device)
                 if held.is_floating_point():
                     mean = self._exact.get(name, held).to(held.device)
-                    moved = torch.lerp(value.to(mean.dtype), mean, float(decay))
+                    value = value.to(mean.dtype)
+                    moved = torch.where(value == mean, mean, torch.lerp(value, mean, float(decay)))  # masks hold -inf
                     held.copy_(moved)
                     if name in self._exact:
                         self._exact[name] = moved

@@ -137,6 +137,19 @@ def test_follows_dtype_in_its_parent(dtype):
     assert not any(parameter.requires_grad for parameter in learner.teacher.model.parameters())
 
 
+def test_average_of_masks_with_infinities():
+    """As the attention masks of CLIP's text towers are."""
+    student = nn.Linear(2, 2)
+    student.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+    teacher = Teacher.averaged(student, encode, decay=0.5)
+    before = teacher.model.weight.clone()
+    with torch.no_grad():
+        student.weight.add_(1.0)
+    teacher.step()
+    assert torch.equal(teacher.model.mask, student.mask)
+    torch.testing.assert_close(teacher.model.weight, before + 0.5)
+
+
 def test_follows_device_in_its_parent():
     learner = Learner()
     learner.to("meta")

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,11 @@ def run(options: dict[str, Any] | None, pool: Pool, seed: int) -> dict[str, Any]
     if options:
         regularized = {
             "regularizer": WeightedSum(dive=(Options().weight, DiVE(decay=options["decay"]))),
-            "reference": pool.batches(pool.experiment.reference, seed + 1_000_003, batch_size=options["reference_batch"]),
+            "reference": partial(pool.batches, pool.experiment.reference, seed + 1_000_003, batch_size=options["reference_batch"]),
             "teacher": Teacher(base, encode),
         }
     began = time.perf_counter()
-    finetune(model, pool.batches(pool.experiment.target, seed), settings, accelerator=Accelerator(cpu=True), **regularized)
+    finetune(model, partial(pool.batches, pool.experiment.target, seed), settings, accelerator=Accelerator(cpu=True), **regularized)
     seconds = time.perf_counter() - began
     measured = measure(model, pool) | geometry(probe_embeddings(model, pool), probe_embeddings(base, pool))
     figures = {"id": measured["id"], "rsa": measured["rsa"]["stacked"]}

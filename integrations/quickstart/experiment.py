@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -178,8 +180,11 @@ class Pool:
         """Views in [0, 1] as the model expects them."""
         return (views - self.mean) / self.std
 
-    def batches(self, drawings: Drawings, seed: int, *, batch_size: int = BATCH) -> Iterator[Batch]:
-        """Endless batches of random views with captions of random templates, every drawing once an epoch."""
+    def batches(self, drawings: Drawings, seed: int, start: int = 0, *, batch_size: int = BATCH) -> Iterator[Batch]:
+        """Endless batches of random views with captions of random templates, every drawing once an epoch; from number ``start`` on."""
+        yield from itertools.islice(self._batches(drawings, seed, batch_size), start, None)
+
+    def _batches(self, drawings: Drawings, seed: int, batch_size: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         tokens = self.tokens(drawings)
         size = min(batch_size, len(drawings.codes))
@@ -270,10 +275,10 @@ def run_method(
 
         finetune(
             model,
-            pool.batches(pool.experiment.target, seed),
+            partial(pool.batches, pool.experiment.target, seed),
             settings,
             regularizer=WeightedSum(dive=(weight, build())) if build else None,
-            reference=pool.batches(pool.experiment.reference, seed + 1_000_003) if build else None,
+            reference=partial(pool.batches, pool.experiment.reference, seed + 1_000_003) if build else None,
             teacher=Teacher(base, encode) if build else None,
             accelerator=accelerator,
             on_step=on_step,

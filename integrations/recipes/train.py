@@ -3,7 +3,8 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from geomreg.checks import check_count
 from geomreg.compose import WeightedSum
 from geomreg.integrations.open_clip import embed, unwrap
+from geomreg.integrations.recipes import checkpoint
 from geomreg.step import backward
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings, Terms
 
-__all__ = ["Batch", "Settings", "contrastive", "encode", "finetune"]
+__all__ = ["Batch", "Batches", "Checkpoints", "RunStoppedError", "Settings", "contrastive", "encode", "finetune"]
 
 Batch = dict[str, Any]  # "image" (B, 3, H, W), "text" token ids (B, L); for a cached teacher also "id", B of them
+Batches = Callable[[int], Iterator[Batch]]  # endless batches from the one with this number on
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,30 @@ class Settings:
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)))
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a run is saved, and goes on from.
+
+    Attributes:
+        folder: of the run.
+        every: optimizer steps between checkpoints; the last step is always saved.
+        keep: the newest so many stay; None for all.
+    """
+
+    folder: Path
+    every: int
+    keep: int | None = 1
+
+    def __post_init__(self) -> None:
+        check_count("Checkpoints", "every", self.every, 1)
+        if self.keep is not None:
+            check_count("Checkpoints", "keep", self.keep, 1)
+
+
+class RunStoppedError(RuntimeError):
+    """The run was asked to stop; it was saved if it has checkpoints."""
+
+
 def encode(model: nn.Module, batch: Batch) -> Embeddings:
     """Unit embeddings of a batch of images, texts or pairs; the same function for student and teacher."""
     return embed(model, batch.get("image"), batch.get("text"))
@@ -78,14 +105,16 @@ def contrastive(accelerator: Accelerator) -> Callable[[Tensor, Tensor, Tensor], 
 
 def finetune(
     model: nn.Module,
-    target: Iterator[Batch],
+    target: Batches,
     settings: Settings,
     *,
     regularizer: WeightedSum | None = None,
-    reference: Iterator[Batch] | None = None,
+    reference: Batches | None = None,
     teacher: Teacher | None = None,
     accelerator: Accelerator | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Fine-tune an open_clip model in place; returns it, unwrapped, in evaluation mode.
 
@@ -94,17 +123,21 @@ def finetune(
 
     Args:
         model: open_clip model, trained in place.
-        target: endless batches of image-text pairs.
+        target: ``target(k)`` gives endless batches of image-text pairs from number k on.
         settings: optimisation.
         regularizer: terms on the reference batch; needs ``reference`` and ``teacher``.
-        reference: endless batches of generic pairs.
+        reference: likewise of generic pairs.
         teacher: the frozen model.
         accelerator: by default a new one: device, precision and processes as launched.
+        checkpoints: save everything that the run needs, and go on from the newest checkpoint if there is one: on a CPU the losses and
+            weights are then bitwise those of a run that was never interrupted.
         on_step: called after each step with ``step``, ``loss``, ``regularizer`` (weighted) and one entry per term.
+        should_stop: asked after each step; if true in some process, the run is saved and :class:`RunStoppedError` raised.
 
     Raises:
         ValueError: some of ``regularizer``, ``reference`` and ``teacher`` without the others; gradient accumulation, which
-            would change the contrastive loss.
+            would change the contrastive loss; a checkpoint of other settings.
+        RunStoppedError: ``should_stop`` said so.
         RuntimeError: the loss is not finite on some process; the model is left as it was before that step.
     """
     given = {"regularizer": regularizer, "reference": reference, "teacher": teacher}
@@ -142,23 +175,48 @@ def finetune(
     def loss_fn(image: Tensor, text: Tensor) -> Tensor:
         return contrast(image, text, logit_scale.exp())
 
-    for step in range(settings.steps):
+    def state() -> dict[str, Any]:
+        return {
+            "model": unwrap(wrapped).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "scaler": {} if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            "regularizer": {} if regularizer is None else regularizer.state_dict(),
+            "teacher": {} if teacher is None else teacher.state_dict(),
+        }
+
+    start = 0
+    if checkpoints is not None and (saved := checkpoint.latest(checkpoints.folder)) is not None:
+        start = _go_on(saved, settings, accelerator)
+        unwrap(wrapped).load_state_dict(checkpoint.read(saved, "model"))
+        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", accelerator.scaler)):
+            if part is not None:
+                part.load_state_dict(checkpoint.read(saved, name))
+        for name, stateful in (("regularizer", regularizer), ("teacher", teacher)):
+            if stateful is not None:
+                stateful.load_state_dict(checkpoint.read(saved, name))
+    target_batches = target(start)
+    reference_batches = None if reference is None else reference(-(-start // settings.regularize_every))
+    for step in range(start, settings.steps):
         optimizer.zero_grad()
         value = torch.zeros((), device=accelerator.device)
         entry: dict[str, float] = {"step": step + 1}
         regularized = regularizer is not None and step % settings.regularize_every == 0
-        loss = _contrasted(encoded, _moved(next(target), accelerator.device), loss_fn, settings, {**options, "sync": not regularized})
+        loss = _contrasted(
+            encoded, _moved(next(target_batches), accelerator.device), loss_fn, settings, {**options, "sync": not regularized}
+        )
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names the logit scale.
-        if regularized and regularizer is not None and reference is not None and teacher is not None:
-            batch = _moved(next(reference), accelerator.device)
+        if regularized and regularizer is not None and reference_batches is not None and teacher is not None:
+            batch = _moved(next(reference_batches), accelerator.device)
             with accelerator.autocast():
                 frozen = teacher(batch)
             terms, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, options)
             del batch, frozen
             entry |= {name: part.item() for name, part in terms.items()}
         entry |= {"loss": loss.item(), "regularizer": value.item()}
-        finite = torch.isfinite(loss.detach() + value).float()
-        if accelerator.reduce(finite, reduction="sum").item() < accelerator.num_processes:  # all stop, or none
+        signs = torch.stack([torch.isfinite(loss + value).float(), torch.tensor(float(should_stop()), device=value.device)])
+        finite, stopping = accelerator.reduce(signs, reduction="sum").tolist()  # all stop, or none
+        if finite < accelerator.num_processes:
             raise RuntimeError(
                 f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. "
                 "Lower the learning rate or the weight."
@@ -168,16 +226,50 @@ def finetune(
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             schedule.step()
-            if regularizer is not None:
-                regularizer.step()
+            for part in (regularizer, teacher):
+                if part is not None:
+                    part.step()
         elif regularizer is not None:
             regularizer.discard()
         if on_step is not None:
             on_step(entry)
+        done = step + 1
+        if checkpoints is not None and (stopping or done % checkpoints.every == 0 or done == settings.steps):
+            _save(checkpoints, done, settings, accelerator, state())
+        if stopping and done < settings.steps:
+            raise RunStoppedError(f"finetune: stopped after step {done} of {settings.steps}.")
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     optimizer.zero_grad()
     accelerator.free_memory()  # accelerate keeps every model and optimizer it prepared
     return model.eval()
+
+
+def _save(checkpoints: Checkpoints, step: int, settings: Settings, accelerator: Accelerator, state: dict[str, Any]) -> None:
+    partial = checkpoint.begin(checkpoints.folder, step)
+    checkpoint.write(partial, f"process-{accelerator.process_index}", {"random": checkpoint.random_state()})
+    if accelerator.is_main_process:
+        for name, value in state.items():
+            checkpoint.write(partial, name, value)
+        checkpoint.write(partial, "run", {"step": step, "settings": asdict(settings), "processes": accelerator.num_processes})
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoint.publish(partial, keep=checkpoints.keep)
+    accelerator.wait_for_everyone()
+
+
+def _go_on(saved: Path, settings: Settings, accelerator: Accelerator) -> int:
+    """The number of steps that a checkpoint has behind it, if it is one of this run; random numbers go on from there."""
+    run = checkpoint.read(saved, "run")
+    now = {**asdict(settings), "betas": list(settings.betas), "processes": accelerator.num_processes}
+    before = {**run["settings"], "processes": run["processes"]}
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"finetune: expected the run in {saved.parent} to go on with {name} {before.get(name)!r}, got {value!r}. Use the same "
+                "settings, or another folder."
+            )
+    checkpoint.set_random_state(checkpoint.read(saved, f"process-{accelerator.process_index}")["random"])
+    return int(run["step"])
 
 
 def _regularized(

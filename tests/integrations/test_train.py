@@ -25,6 +25,11 @@ def model() -> torch.nn.Module:
 
 
 def batches(seed: int, size: int = 5):
+    """Endless batches from any number on."""
+    return lambda start: itertools.islice(stream(seed, size), start, None)
+
+
+def stream(seed: int, size: int = 5):
     generator = torch.Generator().manual_seed(seed)
     while True:
         images = torch.randn(size, 3, 16, 16, generator=generator).double()
@@ -36,7 +41,7 @@ def by_hand(regularized: bool) -> dict[str, torch.Tensor]:
     teacher = copy.deepcopy(student).eval()
     term = DiVE()
     optimizer = torch.optim.AdamW(student.parameters(), lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay)
-    target, reference = batches(1), batches(2)
+    target, reference = stream(1), stream(2)
     for step in range(SETTINGS.steps):
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / 2))
         optimizer.param_groups[0]["lr"] = SETTINGS.learning_rate * ((step + 1) / 2 if step < 2 else cosine)
@@ -77,9 +82,9 @@ def test_equals_a_loop_written_out(regularized):
         torch.testing.assert_close(extra["teacher"].model.state_dict(), model().state_dict())
 
 
-def repeating(seed: int):
+def repeating(start: int):
     """Batches whose captions repeat."""
-    for batch in batches(seed):
+    for batch in batches(1)(start):
         yield batch | {"text": batch["text"][[0, 1, 0, 2, 1]]}
 
 
@@ -87,7 +92,7 @@ def trained(settings: Settings, *, keep: WeightedSum | None = None, reference=No
     student = model()
     log: list[dict[str, float]] = []
     finetune(
-        student, repeating(1), settings, accelerator=Accelerator(cpu=True), on_step=log.append, regularizer=keep or sums("plain"),
+        student, repeating, settings, accelerator=Accelerator(cpu=True), on_step=log.append, regularizer=keep or sums("plain"),
         reference=reference or batches(2), teacher=Teacher(student, encode),
     )  # fmt: skip
     return student.state_dict(), log
@@ -115,18 +120,18 @@ def test_savings_change_no_number(kind, options):
 
 def test_regularizer_on_every_second_step():
     """With twice the weight, on its own sequence of reference batches."""
-    constant = itertools.repeat(next(batches(2)))
+    constant = itertools.repeat(next(stream(2)))
     drawn = []
 
-    def counted():
+    def counted(start):
         for batch in constant:
             drawn.append(batch)
             yield batch
 
     settings = dataclasses.replace(SETTINGS, regularize_every=2)
-    state, log = trained(settings, keep=WeightedSum(fd=(7.0, FeatureDistillation())), reference=counted())
+    state, log = trained(settings, keep=WeightedSum(fd=(7.0, FeatureDistillation())), reference=counted)
     expected, expected_log = trained(
-        SETTINGS, keep=WeightedSum(fd=(lambda step: 14.0 * (step % 2 == 0), FeatureDistillation())), reference=constant
+        SETTINGS, keep=WeightedSum(fd=(lambda step: 14.0 * (step % 2 == 0), FeatureDistillation())), reference=lambda start: constant
     )
     torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-10)
     assert len(drawn) == 2
@@ -172,9 +177,9 @@ def test_parts_that_belong_together(given):
 def test_diverged_loss_stops_before_the_weights_are_spoilt():
     student = model()
     before = copy.deepcopy(student.state_dict())
-    batch = next(batches(1))
+    batch = next(stream(1))
     with pytest.raises(RuntimeError, match=r"^finetune: expected a finite loss"):
-        finetune(student, iter([batch | {"image": batch["image"] * math.nan}]), SETTINGS, accelerator=Accelerator(cpu=True))
+        finetune(student, lambda start: iter([batch | {"image": batch["image"] * math.nan}]), SETTINGS, accelerator=Accelerator(cpu=True))
     torch.testing.assert_close(student.state_dict(), before)
 
 

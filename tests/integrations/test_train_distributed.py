@@ -11,21 +11,20 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from test_train import SETTINGS, batches, model
+from test_train import SETTINGS, model, stream
 
 from geomreg import DiVE, Teacher, WeightedSum
 from geomreg.integrations.recipes.train import encode, finetune
 
 
-def repeating(stream):
+def repeating(batches):
     """Captions that repeat, on one rank more than on the other."""
-    for batch in stream:
+    for batch in batches:
         yield batch | {"text": batch["text"][[0, 1, 0, 2, 0, 5]]}
 
 
-def part_of(stream, rank: int, ranks: int):
-    for batch in stream:
-        yield {key: value[rank::ranks] for key, value in batch.items()}
+def part_of(batches, rank: int, ranks: int):
+    return lambda start: ({key: value[rank::ranks] for key, value in batch.items()} for batch in batches)
 
 
 VARIANTS = ({}, {"chunk_size": 2}, {"unique_texts": True}, {"chunk_size": 2, "unique_texts": True})
@@ -37,10 +36,10 @@ def run(rank: int, ranks: int, options: dict[str, Any]) -> dict[str, torch.Tenso
     keep = WeightedSum(dive=(7.0, DiVE()))
     finetune(
         student,
-        part_of(repeating(batches(1, size=6)), rank, ranks),
+        part_of(repeating(stream(1, size=6)), rank, ranks),
         dataclasses.replace(SETTINGS, **options),
         regularizer=keep,
-        reference=part_of(batches(2, size=4), rank, ranks),
+        reference=part_of(stream(2, size=4), rank, ranks),
         teacher=Teacher(student, encode),
         accelerator=Accelerator(cpu=True),
     )
