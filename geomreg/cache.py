@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from geomreg.cache_build import (
     BF16,
     MANIFEST,
+    TOLERANCE,
     VIEW,
     Source,
     TableBuild,
@@ -21,6 +23,10 @@ from geomreg.cache_build import (
     compare,
     described_view,
     embed_missing,
+    from_first_process,
+    largest_difference,
+    locked,
+    missing_shards,
     modalities_of,
     publish,
     published,
@@ -76,7 +82,7 @@ class EmbeddingCache:
             ValueError: built with another teacher, preprocessing or tokenizer.
             RuntimeError: missing, truncated or damaged files.
         """
-        path = Path(path)
+        path = Path(path).absolute()
         if not (path / MANIFEST).is_file():
             unfinished = " (an unfinished build)" if list(path.glob(".*.partial")) else ""
             raise FileNotFoundError(f"EmbeddingCache: expected a cache in {path}, got no {MANIFEST}{unfinished}. Build it first.")
@@ -100,30 +106,34 @@ class EmbeddingCache:
         return {modality: dict(table.description["fingerprint"]) for modality, table in self._tables.items()}
 
     def __len__(self) -> int:
-        """Samples that every table has rows for (at most)."""
+        """Rows of the shortest table."""
         return min(len(table) for table in self._tables.values())
 
     def __contains__(self, sample: object) -> bool:
         hashes = id_hashes("EmbeddingCache", [sample])
         return all(bool((table.find(hashes) >= 0).all()) for table in self._tables.values())
 
-    def __call__(self, ids: Iterable[object] | Tensor) -> Embeddings:
+    def __call__(self, ids: Iterable[object] | Tensor, modalities: tuple[str, ...] | None = None) -> Embeddings:
         """Embeddings of some samples.
 
         Args:
             ids: B sample ids: whole numbers or strings; a tensor of integers is read as such.
+            modalities: what is read; by default all that the cache has.
 
         Returns:
-            :class:`Embeddings` of ``(B, D)`` fp32 tensors on the CPU; None for what the cache has no table of.
+            :class:`Embeddings` of ``(B, D)`` fp32 tensors on the CPU; None for what is not read.
 
         Raises:
             ValueError: ids that are not in the cache.
             RuntimeError: damaged files, found at the first touch of each block of rows.
         """
+        if isinstance(ids, (str, bytes)):
+            raise TypeError(f"EmbeddingCache: expected a list of sample ids, got {ids!r}. Write [{ids!r}].")
         known = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         hashes = id_hashes("EmbeddingCache", known)
         found: dict[str, Tensor] = {}
-        for modality, table in self._tables.items():
+        for modality in self._tables if modalities is None else modalities:
+            table = self._tables[modality]
             rows = table.find(hashes)
             if (absent := np.flatnonzero(rows < 0)).size:
                 shown = ", ".join(repr(known[k]) for k in absent[:3])
@@ -134,13 +144,13 @@ class EmbeddingCache:
             found[modality] = torch.from_numpy(table.read(rows)).float()
         return Embeddings(**found)
 
-    def ids(self) -> list[Any]:
-        """Ids of all samples, in the order of the data set."""
-        table = next(iter(self._tables.values()))
+    def ids(self, modality: str | None = None) -> list[Any]:
+        """Ids of all samples of a table, by default the first, in the order of the data set."""
+        table = self._tables[modality or next(iter(self._tables))]
         return [one for entry in table.description["shards"] for one in Shard(table.folder, entry["number"]).ids()]
 
     def verify(
-        self, teacher: Teacher, dataset: Dataset[Any], n: int = 64, *, seed: int = 0, tolerance: float = 1e-3, **loading: Any
+        self, teacher: Teacher, dataset: Dataset[Any], n: int = 64, *, seed: int = 0, tolerance: float = TOLERANCE, **loading: Any
     ) -> None:
         """Embed ``n`` random samples anew and compare them with what is stored.
 
@@ -154,33 +164,34 @@ class EmbeddingCache:
             loading: ``preprocessing``, ``tokenizer``, ``collate_fn``, ``batch_size`` as for :meth:`build`.
 
         Raises:
-            ValueError: something differs: weights, preprocessing, tokenizer, normalisation, data set, or the embeddings of some samples.
+            ValueError: something differs: weights, preprocessing, tokenizer, normalisation, data set, or the embeddings of some
+                samples; the teacher gives nothing of what the cache has.
         """
         check_count("EmbeddingCache.verify", "n", n, 1)
         check_positive("EmbeddingCache.verify", "tolerance", tolerance)
         source = Source("EmbeddingCache.verify", teacher, dataset, **loading)
         expected = source.fingerprints(modalities_of(source.probe()))
-        for modality, table in self._tables.items():
-            if modality in expected:
-                compare(self.path, modality, table.description["fingerprint"], expected[modality])
+        shared = tuple(modality for modality in self._tables if modality in expected)
+        if not shared:
+            raise ValueError(
+                f"EmbeddingCache.verify: expected a teacher of {', '.join(self._tables)}, got one of {', '.join(expected)} alone."
+            )
+        for modality in shared:
+            compare(self.path, modality, self._tables[modality].description["fingerprint"], expected[modality])
         chosen = torch.randperm(source.length, generator=torch.Generator().manual_seed(seed))[:n].tolist()
         for ids, embeddings in source.embedded([chosen[k : k + source.batch_size] for k in range(0, len(chosen), source.batch_size)]):
             if ids:
-                self._compare_rows(ids, embeddings, tolerance)
+                self._compare_rows(ids, embeddings, shared, tolerance)
 
-    def _compare_rows(self, ids: list[Any], embeddings: Embeddings, tolerance: float) -> None:
-        stored = self(ids)
-        for modality in Embeddings._fields:
-            new, old = getattr(embeddings, modality), getattr(stored, modality)
-            if new is None or old is None:
-                continue
-            difference = torch.linalg.vector_norm(new - old, dim=1) / torch.linalg.vector_norm(old, dim=1).clamp_min(1e-12)
-            worst = int(difference.argmax())
-            if not float(difference[worst]) <= tolerance:
+    def _compare_rows(self, ids: list[Any], embeddings: Embeddings, modalities: tuple[str, ...], tolerance: float) -> None:
+        stored = self(ids, modalities)
+        for modality in modalities:
+            difference, worst = largest_difference(getattr(stored, modality), getattr(embeddings, modality))
+            if not difference <= tolerance:
                 raise ValueError(
                     f"EmbeddingCache.verify: expected the stored {modality} embedding of {ids[worst]!r} within {tolerance:g}, got one "
-                    f"{float(difference[worst]):.2g} away from the teacher's. The sample, its preprocessing or the "
-                    "precision has changed: build again."
+                    f"{difference:.2g} away from the teacher's. The sample, its preprocessing or the precision has changed: delete "
+                    f"{self._tables[modality].folder} and build again."
                 )
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
@@ -210,9 +221,10 @@ class EmbeddingCache:
     ) -> "EmbeddingCache":
         """Embed every sample of a data set once, and open the result.
 
-        Like ``make``: a table that is finished and has this fingerprint stays; one that was interrupted goes on after its last finished
-        shard; one with another fingerprint is built beside the old, which is replaced at the end, and stays usable until then. What
-        the teacher's ``encode`` returns is built: one that returns texts alone rebuilds the texts and keeps the images.
+        Like ``make``: a table that is finished and has this fingerprint stays, if a few samples that are embedded anew are as stored; one
+        that was interrupted goes on after its last finished shard; any other is built beside the old, which is replaced at the end, and
+        stays usable until then. What the teacher's ``encode`` returns is built: one that returns texts alone rebuilds the texts and
+        keeps the images.
 
         In several processes (``torch.distributed``, a folder that all of them see) every process calls this with the same arguments and
         embeds a part of the shards.
@@ -236,7 +248,8 @@ class EmbeddingCache:
             TypeError: samples that are no dicts with an id; a data set without length.
             ValueError: a sample that differs when it is loaded again (random augmentation, random templates); embeddings that are not
                 finite, or bf16; two samples with one id; bf16 as ``dtype``; tables of different teachers.
-            OSError: no space left. What was finished is kept.
+            RuntimeError: another process builds in this folder.
+            OSError: no space left, or a folder that cannot be written. What was finished is kept.
         """
         name = "EmbeddingCache.build"
         if dtype not in (torch.float32, torch.float16):
@@ -244,31 +257,37 @@ class EmbeddingCache:
                 f"{name}: expected dtype float32 or float16, got {dtype}. {BF16 if dtype == torch.bfloat16 else 'Choose one.'}"
             )
         check_count(name, "shard_rows", shard_rows, 1)
-        source = Source(
-            name, teacher, dataset, preprocessing=preprocessing, tokenizer=tokenizer, batch_size=batch_size, num_workers=num_workers,
-            collate_fn=collate_fn,
-        )  # fmt: skip
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        with agreed():
-            probe = source.probe()
-            fingerprints = source.fingerprints(modalities_of(probe))
-            kind = {"dtype": str(dtype).removeprefix("torch."), "shard_rows": shard_rows}
-            builds = [
-                TableBuild(path, modality, {"modality": modality, "fingerprint": fingerprint, **kind}, source)
-                for modality, fingerprint in fingerprints.items()
-            ]
-            check_together(path, fingerprints)
-        with agreed():  # nothing is moved before every process has looked
-            todo = [one for one in builds if not one.finished()]
-        with agreed():
-            if rank_of_process() == 0:
-                for one in todo:
-                    one.prepare()
-        if todo:
+        path = Path(path).absolute()
+        with ExitStack() as held:
             with agreed():
-                embed_missing(source, todo, probe, shard_rows, progress)
+                source = Source(
+                    name, teacher, dataset, preprocessing=preprocessing, tokenizer=tokenizer, batch_size=batch_size,
+                    num_workers=num_workers, collate_fn=collate_fn,
+                )  # fmt: skip
+                probe = source.probe()
+                kind = {"dtype": str(dtype).removeprefix("torch."), "shard_rows": shard_rows}
+                builds = [
+                    TableBuild(path, {"modality": modality, "fingerprint": fingerprint, **kind}, source)
+                    for modality, fingerprint in source.fingerprints(modalities_of(probe)).items()
+                ]
+                check_together(path, {one.modality: one.description["fingerprint"] for one in builds})
+            names, numbers = {}, []
             with agreed():
                 if rank_of_process() == 0:
-                    publish(path, todo)
-        return cls.open(path)
+                    held.enter_context(locked(path))
+                    todo = [one for one in builds if not one.finished(probe)]
+                    for one in todo:
+                        one.prepare()
+                    names, numbers = {one.modality: one.name for one in todo}, missing_shards(todo, probe) if todo else []
+            names, numbers = from_first_process((names, numbers))
+            todo = [one for one in builds if one.modality in names]
+            for one in todo:
+                one.name = names[one.modality]
+            if todo:
+                with agreed():
+                    embed_missing(source, todo, numbers, probe, shard_rows, progress)
+                with agreed():
+                    if rank_of_process() == 0:
+                        publish(path, todo)
+            with agreed():
+                return cls.open(path)

@@ -1,5 +1,6 @@
 """How an embedding cache is made: samples, their embeddings, tables that grow shard by shard."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,15 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from geomreg.checks import check_count, describe
@@ -29,6 +30,7 @@ from geomreg.types import Embeddings
 __all__ = [
     "BF16",
     "MANIFEST",
+    "TOLERANCE",
     "VIEW",
     "Source",
     "TableBuild",
@@ -37,17 +39,27 @@ __all__ = [
     "compare",
     "described_view",
     "embed_missing",
+    "from_first_process",
+    "largest_difference",
+    "locked",
+    "missing_shards",
     "modalities_of",
     "publish",
     "published",
     "rank_of_process",
 ]
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "cache.json"
 VIEW = {"image": "preprocessing", "text": "tokenizer"}  # the part of a fingerprint that says how samples are seen
 BF16 = "bf16 puts 53 % error on the average vector loss at a drift of 0.3 %; project and normalise in fp32 (integrations.open_clip.embed)."
 _TEXTS = ("A photo of 2 cats.", "Ärger, naïve; 猫 🙂", "<tag> & it's  CamelCase\n", "a word " * 200)
-_PROBE = 16  # samples that are loaded twice before anything is built
+_PROBE = 64  # samples that are loaded twice before anything is built; every fourth is embedded
+TOLERANCE = 1e-3  # of embeddings that count as the same, relative to their norm: above fp16's rounding
 
 
 class Source:
@@ -67,7 +79,9 @@ class Source:
     ) -> None:
         if not isinstance(teacher, Teacher):
             raise TypeError(f"{name}: expected a geomreg.Teacher, got {describe(teacher)}. Wrap the model: Teacher(model, encode).")
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        if not hasattr(teacher, "model"):
+            raise TypeError(f"{name}: expected a teacher with a model, got a cached one. Pass the one that the cache was built from.")
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset):
             raise TypeError(
                 f"{name}: expected a data set with a length and samples by number, got {describe(dataset)}. A stream has "
                 "no place to go on from."
@@ -85,7 +99,7 @@ class Source:
         }
         self.ids: list[Any] | None = None
         if getattr(dataset, "ids", None) is not None:
-            self.ids = list(dataset.ids)
+            self.ids = dataset.ids.tolist() if isinstance(dataset.ids, (Tensor, np.ndarray)) else list(dataset.ids)
             if len(self.ids) != self.length:
                 raise ValueError(f"{name}: expected dataset.ids of all {self.length} samples, got {len(self.ids)}. Give each sample one.")
             _, first = np.unique(id_hashes(name, self.ids), return_index=True)
@@ -108,21 +122,28 @@ class Source:
     def probe(self) -> tuple[list[Any], Embeddings]:
         """Ids and embeddings of a few samples, after a look at whether loading and encoding give the same again."""
         rows = sorted(set(np.linspace(0, self.length - 1, _PROBE, dtype=int).tolist()))
-        first, second = self.batch(rows), self.batch(rows)
-        for key, value in first.items():
-            if not _same(value, second.get(key)):
-                raise ValueError(
-                    f"{self.name}: expected the same sample whenever it is loaded, got another {key!r} the second time. A "
-                    "cache holds one view of each sample: take out random crops, flips and templates (use the evaluation transform), or "
-                    "keep the teacher itself."
-                )
-        ids, once = self._encoded(first)
+        parts = [rows[k::4] for k in range(4) if rows[k::4]]
+        for part in parts:
+            first, second = self.batch(part), self.batch(part)
+            for key, value in first.items():
+                if not _same(value, second.get(key)):
+                    raise ValueError(
+                        f"{self.name}: expected the same sample whenever it is loaded, got another {key!r} the second time. A "
+                        "cache holds one view of each sample: take out random crops, flips and templates (use the evaluation "
+                        "transform), or keep the teacher itself."
+                    )
+        batch = self.batch(parts[0])
+        (ids, once), (_, twice) = self.encoded(batch), self.encoded(batch)
         if not ids:
             raise ValueError(f"{self.name}: expected samples that can be read, got none among the first looked at. Check the paths.")
-        _, twice = self._encoded(second)
+        listed = None if self.ids is None else [self.ids[row] for row in parts[0]]
+        if listed is not None and not set(ids) <= set(listed):
+            raise ValueError(
+                f"{self.name}: expected samples with the ids of dataset.ids, got {ids[0]!r} for {listed[0]!r}. Make both alike."
+            )
         for modality in Embeddings._fields:
             one, two = getattr(once, modality), getattr(twice, modality)
-            if one is not None and not torch.allclose(one, two, rtol=1e-3, atol=1e-4):
+            if one is not None and largest_difference(two, one)[0] > TOLERANCE:
                 raise ValueError(
                     f"{self.name}: expected the same {modality} embeddings for the same batch, got others the second time. encode must "
                     "draw nothing at random."
@@ -139,9 +160,10 @@ class Source:
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
-            yield self._encoded(self._checked(batch))
+            yield self.encoded(self._checked(batch))
 
-    def _encoded(self, batch: Mapping[str, Any]) -> tuple[list[Any], Embeddings]:
+    def encoded(self, batch: Mapping[str, Any]) -> tuple[list[Any], Embeddings]:
+        """Ids and embeddings of a batch; fp32 or fp16 on the CPU."""
         ids = batch["id"].tolist() if isinstance(batch["id"], Tensor) else list(batch["id"])
         if not ids:
             return [], Embeddings()
@@ -173,6 +195,8 @@ class Source:
         """For each modality what its embeddings come from."""
         weights = self.teacher.fingerprint()
         content = getattr(self.dataset, "fingerprint", None)
+        if content is not None and not isinstance(content, (str, Mapping)):
+            raise TypeError(f"{self.name}: expected dataset.fingerprint as a string or one for each modality, got {describe(content)}.")
         ids = None if self.ids is None else hashlib.sha256(id_hashes(self.name, self.ids).tobytes()).hexdigest()[:16]
         found = {}
         for modality, normalized in unit.items():
@@ -204,52 +228,77 @@ class _Named(Dataset[Any]):
 class TableBuild:
     """A table in the making: a hidden folder that gets its name when all is there."""
 
-    def __init__(self, path: Path, modality: str, description: dict[str, Any], source: Source) -> None:
-        self.path, self.modality, self.description, self.source = path, modality, description, source
-        key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder, self.partial = path / f"{modality}-{key}", path / f".{modality}-{key}.partial"
+    def __init__(self, path: Path, description: dict[str, Any], source: Source, name: str = "") -> None:
+        self.path, self.modality, self.description, self.source = path, description["modality"], description, source
+        self.name = name
         self.numbers = range(-(-source.length // description["shard_rows"]))
 
-    def finished(self) -> bool:
-        """Published, with every file as long as it should be."""
-        if published(self.path).get(self.modality) != self.folder.name:
+    @property
+    def folder(self) -> Path:
+        """Where the table will be."""
+        return self.path / self.name
+
+    @property
+    def partial(self) -> Path:
+        """Where it grows."""
+        return self.path / f".{self.name}.partial"
+
+    def finished(self, probe: tuple[list[Any], Embeddings]) -> bool:
+        """Whether the published table is this one, to the embeddings of the probe; chooses the name."""
+        key = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:12]
+        self.name, other = f"{self.modality}-{key}", f"{self.modality}-{key}-2"
+        if (current := published(self.path).get(self.modality)) not in (self.name, other):
             return False
         try:
-            Table.open(self.folder)
-        except RuntimeError:
+            table = Table.open(self.path / current)
+            rows = table.find(id_hashes(self.source.name, probe[0]))
+            stored = torch.from_numpy(table.read(rows)).float() if (rows >= 0).all() else None
+        except RuntimeError:  # to be mended
+            self.name = current
             return False
+        if stored is None or largest_difference(stored, getattr(probe[1], self.modality))[0] > TOLERANCE:
+            self.name = other if current == self.name else self.name  # other samples, encode or precision: beside the old one
+            return False
+        self.name = current
         return True
 
     def prepare(self) -> None:
-        """A folder to work in: new, or with the shards of a former try; a published table with damaged files loses these."""
-        if self.folder.is_dir():
+        """A folder to work in: new, or with the shards of a former try that are still right."""
+        if self.folder.is_dir():  # damaged, or not published before a kill
             shutil.rmtree(self.partial, ignore_errors=True)
             os.replace(self.folder, self.partial)
         self.partial.mkdir(exist_ok=True)
         for temporary in self.partial.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
         for number in self.numbers:
-            if (self.partial / shard_name(number)).exists():
-                self._check_resumed(number)
+            file = self.partial / shard_name(number)
+            if file.exists() and not self._still_right(number):
+                warnings.warn(
+                    f"{self.source.name}: {self.partial.name} is of other samples or another encode: it is made anew", stacklevel=4
+                )
+                shutil.rmtree(self.partial)
+                self.partial.mkdir()
+                return
 
-    def _check_resumed(self, number: int) -> None:
-        """A shard that cannot be read is made anew; one of other samples is an error."""
-        file = self.partial / shard_name(number)
+    def _still_right(self, number: int) -> bool:
+        """The first sample of a shard is stored as the teacher sees it now; a shard that cannot be read is removed."""
         try:
-            hashes = Shard(self.partial, number).hashes()
+            shard = Shard(self.partial, number)
+            hashes = shard.hashes()
+            shard.ids()  # raises if damaged
+            ids, embeddings = self.source.encoded(self.source.batch([number * self.description["shard_rows"]]))
+            at = np.flatnonzero(np.isin(hashes, id_hashes(self.source.name, ids)))
+            if not ids or not len(shard):
+                return True
+            stored = np.empty((len(at), shard.width), dtype=DTYPES[shard.dtype])
+            if len(at):
+                shard.read(at, stored, np.arange(len(at)))
         except RuntimeError:
-            file.unlink()
-            return
-        size, source = self.description["shard_rows"], self.source
-        rows = range(number * size, min((number + 1) * size, source.length))
-        ids = [source.ids[k] for k in rows] if source.ids is not None else [source.samples[k]["id"] for k in (rows[0], rows[-1])]
-        ids = [one.item() if isinstance(one, Tensor) else one for one in ids]
-        expected = id_hashes(source.name, ids)
-        if not (np.isin(hashes, expected).all() if source.ids is not None else np.isin(expected, hashes).any()):
-            raise ValueError(
-                f"{source.name}: expected {file} of an unfinished build to hold samples {rows[0]} to {rows[-1]}, got others: the data set "
-                f"has changed. Delete {self.partial} to start anew."
-            )
+            (self.partial / shard_name(number)).unlink()
+            return True
+        return (
+            len(at) == len(ids) and largest_difference(torch.from_numpy(stored).float(), getattr(embeddings, self.modality))[0] <= TOLERANCE
+        )
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there yet."""
@@ -262,6 +311,8 @@ class TableBuild:
                 f"{self.source.name}: expected all shards in {self.partial}, got none with number {lacking[0]}. Build again."
             )
         filled = [number for number in self.numbers if len(Shard(self.partial, number))]
+        if not filled:
+            raise ValueError(f"{self.source.name}: expected samples that can be read, got none of {self.source.length}. Check the paths.")
         skipped = self.source.length - sum(len(Shard(self.partial, number)) for number in filled)
         write_index(self.partial, filled, {**self.description, "skipped": skipped})
         os.replace(self.partial, self.folder)
@@ -274,20 +325,26 @@ def publish(path: Path, done: list[TableBuild]) -> None:
     before = published(path)
     tables = {**before, **{one.modality: one.folder.name for one in done}}
     write_json(path / MANIFEST, {"tables": tables})
-    for modality, folder in before.items():
-        if folder != tables[modality]:
-            shutil.rmtree(path / folder, ignore_errors=True)
+    for one in done:  # what was there before, and unfinished builds that this one makes useless
+        for folder in [*path.glob(f"{one.modality}-*"), *path.glob(f".{one.modality}-*.partial")]:
+            if folder != one.folder:
+                shutil.rmtree(folder, ignore_errors=True)
     if skipped:
         source = done[0].source
         warnings.warn(f"{source.name}: {skipped} of {source.length} samples could not be read and have no row", stacklevel=3)
 
 
-def embed_missing(source: Source, todo: list[TableBuild], probe: tuple[list[Any], Embeddings], shard_rows: int, progress: bool) -> None:
+def missing_shards(todo: list[TableBuild], probe: tuple[list[Any], Embeddings]) -> list[int]:
+    """Numbers of the shards to be made, if there is space for them."""
+    _check_space(todo, probe[1])
+    return sorted({number for one in todo for number in one.missing()})
+
+
+def embed_missing(
+    source: Source, todo: list[TableBuild], numbers: list[int], probe: tuple[list[Any], Embeddings], shard_rows: int, progress: bool
+) -> None:
     """Write this process's share of the missing shards."""
     rank, ranks = rank_of_process(), dist.get_world_size() if dist.is_initialized() else 1
-    numbers = sorted({number for one in todo for number in one.missing()})
-    if rank == 0:
-        _check_space(source.name, todo, probe[1], shard_rows)
     numbers = numbers[rank::ranks]
     done = source.length // ranks - min(len(numbers) * shard_rows, source.length // ranks)
     unit = modalities_of(probe)
@@ -297,6 +354,7 @@ def embed_missing(source: Source, todo: list[TableBuild], probe: tuple[list[Any]
         batches += [list(range(k, min(k + source.batch_size, end))) for k in range(number * shard_rows, end, source.batch_size)]
         last_of[len(batches) - 1] = number
     ids: list[Any] = []
+    seen: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
     parts: dict[str, list[Tensor]] = {one.modality: [] for one in todo}
     with tqdm(total=done + sum(map(len, batches)), initial=done, unit="samples", desc="embedding", disable=not progress or rank > 0) as bar:
         for k, (of_batch, embeddings) in enumerate(source.embedded(batches)):
@@ -304,15 +362,30 @@ def embed_missing(source: Source, todo: list[TableBuild], probe: tuple[list[Any]
             for modality in parts if of_batch else ():
                 value = getattr(embeddings, modality)
                 if value is None or (unit[modality] and not _is_unit(value)):
-                    got = "none" if value is None else "vectors of other length"
+                    got = "none" if value is None else f"one of another length for {of_batch[int(_off_unit(value).argmax())]!r}"
                     raise ValueError(f"{source.name}: expected {modality} embeddings as for the first samples, got {got}. Look at encode.")
                 parts[modality].append(value)
             if k in last_of:
+                seen = _added(source.name, seen, ids)
                 for one in todo:
                     if not (one.partial / shard_name(last_of[k])).exists():
                         _write(one, last_of[k], ids, parts[one.modality], probe[1])
                 ids, parts = [], {modality: [] for modality in parts}
             bar.update(len(batches[k]))
+
+
+def _added(name: str, seen: NDArray[np.uint64], ids: list[Any]) -> NDArray[np.uint64]:
+    """Sorted hashes of all ids so far; an id that was there before is an error now, not after hours."""
+    hashes = id_hashes(name, ids)
+    order = np.argsort(hashes)
+    again = np.isin(hashes[order], seen)
+    again[1:] |= hashes[order][1:] == hashes[order][:-1]
+    if again.any():
+        twice = ids[int(order[np.flatnonzero(again)[0]])]
+        raise ValueError(
+            f"{name}: expected every sample to have an id of its own, got {twice!r} more than once. Give the samples other ids."
+        )
+    return np.sort(np.concatenate([seen, hashes]))
 
 
 def _write(one: TableBuild, number: int, ids: list[Any], parts: list[Tensor], probe: Embeddings) -> None:
@@ -326,17 +399,47 @@ def _write(one: TableBuild, number: int, ids: list[Any], parts: list[Tensor], pr
     write_shard(one.partial, number, ids, rows)
 
 
-def _check_space(name: str, todo: list[TableBuild], probe: Embeddings, shard_rows: int) -> None:
+def _check_space(todo: list[TableBuild], probe: Embeddings) -> None:
     needed = 0
     for one in todo:
         width, size = getattr(probe, one.modality).shape[1], np.dtype(DTYPES[one.description["dtype"]]).itemsize
-        needed += min(len(one.missing()) * shard_rows, one.source.length) * (width * size + 60)  # ids, hashes, index
+        rows = min(len(one.missing()) * one.description["shard_rows"], one.source.length)
+        needed += rows * (width * size + 60)  # ids, hashes, index
     free = shutil.disk_usage(todo[0].path).free
     if free < needed:
         raise OSError(
-            f"{name}: expected {needed / 1e6:.0f} MB of free space in {todo[0].path}, got {free / 1e6:.0f} MB. Free some, build "
-            "elsewhere, or use dtype=torch.float16."
+            f"{todo[0].source.name}: expected {needed / 1e6:.0f} MB of free space in {todo[0].path}, got {free / 1e6:.0f} MB. Free some, "
+            "build elsewhere, or use dtype=torch.float16."
         )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within, no other process can build in this folder (where the system has file locks)."""
+    if fcntl is None:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    file = path / ".lock"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        stream = open(file, "w", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(
+            f"EmbeddingCache.build: expected a folder that can be written, got {path} ({error.strerror}). Choose another path."
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise RuntimeError(
+                    f"EmbeddingCache.build: expected no other build in {path}, got one that is running. Wait for it."
+                ) from error
+        try:  # or a file system without locks
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def published(path: Path) -> dict[str, str]:
@@ -364,34 +467,53 @@ def compare(path: Path, modality: str, found: Mapping[str, str], expected: Mappi
             )
 
 
-def described(value: object, depth: int = 5) -> str:
+def described(value: object, depth: int = 6) -> str:
     """An object as text that is the same in every process and differs where its parameters do; long texts by their hash."""
-    if isinstance(value, str):
-        return value
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-    if re.search(r"<[^<>]* object>|<function|<bound method", text) and depth:  # a repr that hides parameters, here or within
-        if isinstance(value, (list, tuple)):
-            name, parts = "", list(value)
-        elif isinstance(value, dict):
-            name, parts = "", [part for entry in value.items() for part in entry]
-        elif isinstance(value, partial):
-            name, parts = "partial", [value.func, value.args, value.keywords]
-        elif isinstance(value, MethodType):
-            name, parts = value.__name__, [value.__self__]
-        elif isinstance(value, FunctionType):
-            code = value.__code__.co_code.hex() + repr(value.__code__.co_consts) if value.__name__ == "<lambda>" else ""
-            name = f"{value.__module__}.{value.__qualname__}"
-            parts = [code, value.__defaults__, value.__kwdefaults__, *(cell.cell_contents for cell in value.__closure__ or ())]
-        elif hasattr(value, "__dict__"):
-            name = f"{type(value).__module__}.{type(value).__qualname__}"
-            parts = [part for key, one in sorted(vars(value).items()) for part in (key, one)]
-        else:
-            raise ValueError(
-                f"EmbeddingCache: expected an object whose repr shows its parameters, got {text}. Pass preprocessing= or tokenizer= as a "
-                "string that names it and its version."
-            )
-        text = f"{name}({', '.join(described(part, depth - 1) for part in parts if part is not None and part != '')})"
+    text = _walked(value, depth)
     return text if len(text) <= 400 else f"{text[:80]}... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _walked(value: object, depth: int) -> str:
+    name, parts = type(value).__qualname__, []
+    if value is None or isinstance(value, (str, bool, int, float, complex, bytes, np.generic, torch.dtype, torch.device)) or not depth:
+        return value if isinstance(value, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        return f"{name}{array.shape} {hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]}"
+    if isinstance(value, (list, tuple)):
+        parts = list(value)
+    elif isinstance(value, (set, frozenset)):
+        parts = sorted(_walked(one, depth - 1) for one in value)
+    elif isinstance(value, Mapping):
+        parts = [part for entry in value.items() for part in entry]
+    elif isinstance(value, partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, MethodType):
+        name, parts = value.__name__, [value.__self__]
+    elif isinstance(value, FunctionType):
+        name = f"{value.__module__}.{value.__qualname__}"
+        parts = [_code(value.__code__), value.__defaults__, value.__kwdefaults__, *(cell.cell_contents for cell in value.__closure__ or ())]
+    elif isinstance(value, type):
+        name = f"{value.__module__}.{value.__qualname__}"
+    else:
+        name = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+        state = {key: one for key, one in getattr(value, "__dict__", {}).items() if not key.startswith("_") and key != "training"}
+        if isinstance(value, nn.Module):
+            state |= dict(value.named_children()) | dict(value.named_parameters(recurse=False)) | dict(value.named_buffers(recurse=False))
+        if re.fullmatch(r"<.* object>", name) and not hasattr(value, "__dict__"):
+            raise ValueError(
+                f"EmbeddingCache: expected an object that shows its parameters, got {name}. Pass preprocessing= or tokenizer= as a string "
+                "that names it and its version."
+            )
+        parts = [part for key in sorted(state) for part in (key, state[key])]
+    shown = [_walked(part, depth - 1) for part in parts if part is not None]
+    return f"{name}({', '.join(shown)})" if shown else name
+
+
+def _code(code: CodeType) -> str:
+    """What a function does, without addresses, files and lines."""
+    constants = [_code(one) if isinstance(one, CodeType) else _walked(one, 3) for one in code.co_consts]
+    return hashlib.sha256(repr((code.co_code.hex(), code.co_names, constants)).encode()).hexdigest()[:16]
 
 
 def described_view(modality: str, value: object) -> str:
@@ -410,8 +532,32 @@ def modalities_of(probe: tuple[list[Any], Embeddings]) -> dict[str, bool]:
 
 
 def _is_unit(value: Tensor) -> bool:
+    return bool((_off_unit(value) < 2e-3).all())
+
+
+def _off_unit(value: Tensor) -> Tensor:
+    """How far each vector is from unit length; a zero vector counts as normalised."""
     norms = torch.linalg.vector_norm(value.float(), dim=1)
-    return bool(((norms - 1).abs() < 2e-3).all())
+    return torch.where(norms > 0, (norms - 1).abs(), 0.0)
+
+
+def largest_difference(stored: Tensor, new: Tensor) -> tuple[float, int]:
+    """Distance of two embeddings relative to the norm, the largest over the rows, and its row; infinite for other widths."""
+    if stored.shape != new.shape:
+        return float("inf"), 0
+    norms = torch.linalg.vector_norm(stored, dim=1).clamp_min(1e-12)
+    difference = torch.linalg.vector_norm(new.float() - stored, dim=1) / norms
+    worst = int(difference.argmax())
+    return float(difference[worst]), worst
+
+
+def from_first_process(value: Any) -> Any:
+    """What process 0 has."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -237,9 +237,9 @@ def check_chunks(name: str, batch: Any) -> Any:
 def check_same_rows(name: str, embeddings: Embeddings, rows: int) -> Embeddings:
     """Every modality that is there has one row for each sample."""
     for field, value in embeddings._asdict().items():
-        if value is not None and (value.ndim != 2 or len(value) != rows):
+        if value is not None and (value.ndim != 2 or len(value) != rows or not value.is_floating_point()):
             raise ValueError(
-                f"{name}: expected {field} embeddings of shape ({rows}, D) for {rows} samples, got {describe(value)}. "
+                f"{name}: expected floating-point {field} embeddings of shape ({rows}, D) for {rows} samples, got {describe(value)}. "
                 "Row i must belong to sample i."
             )
     return embeddings

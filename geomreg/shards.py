@@ -9,6 +9,7 @@ Rows are read at their position in the file, not through a memory map: a truncat
 memory-mapped.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
+from torch import Tensor
 
 __all__ = [
     "FORMAT",
@@ -48,6 +50,8 @@ def id_hashes(name: str, ids: Iterable[object]) -> NDArray[np.uint64]:
     """64-bit hashes of sample ids, which are whole numbers or strings; 7 and "7" are different ids."""
     found = []
     for one in ids:
+        if isinstance(one, Tensor) and one.ndim == 0:
+            one = one.item()
         if isinstance(one, str):
             text = "s" + one
         elif isinstance(one, (int, np.integer)) and not isinstance(one, bool):
@@ -79,9 +83,11 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "Free some space, or build elsewhere" if full else "Look at the folder"
         raise OSError(
             f"EmbeddingCache: expected to write {len(content) / 1e6:.0f} MB to {path}, got: {error.strerror}. "
-            "Free some space, or build elsewhere; finished shards are kept, and the same call goes on from them."
+            f"{advice}; finished shards are kept, and the same call goes on from them."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -101,9 +107,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise damaged(path, "no such file") from error
     except (OSError, ValueError) as error:
         raise damaged(path, f"unreadable content ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise damaged(path, f"format {content.get('format')!r}, not {FORMAT}" if isinstance(content, dict) else "other content")
-    if content.pop("crc32", None) != _json_checksum(content):
+    if not isinstance(content, dict):
+        raise damaged(path, "other content")
+    version = content.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise RuntimeError(
+            f"EmbeddingCache: expected format {FORMAT} in {path}, got {version}. Use the geomreg that wrote it, or a newer one."
+        )
+    if version != FORMAT or content.pop("crc32", None) != _json_checksum(content):
         raise damaged(path, "another checksum")
     return content
 
@@ -119,12 +130,14 @@ def shard_name(number: int) -> str:
 
 def write_shard(folder: Path, number: int, ids: Sequence[object], embeddings: NDArray[Any]) -> None:
     """One finished shard."""
-    embeddings = np.ascontiguousarray(embeddings)
+    embeddings, hashes = np.ascontiguousarray(embeddings), id_hashes("EmbeddingCache", ids)
+    names = np.frombuffer(json.dumps([one if isinstance(one, str) else int(one) for one in ids]).encode(), dtype=np.uint8)  # type: ignore[call-overload]
     content = {
         "embeddings": embeddings,
-        "hashes": id_hashes("EmbeddingCache", ids),
+        "hashes": hashes,
+        "ids": names,
+        "of_ids": np.array([zlib.crc32(hashes.tobytes()), zlib.crc32(names.tobytes())], dtype=np.uint32),
         "checksums": np.array([_checksum(number, k, block) for k, block in enumerate(_blocks(embeddings))], dtype=np.uint32),
-        "ids": np.frombuffer(json.dumps([one if isinstance(one, str) else int(one) for one in ids]).encode(), dtype=np.uint8),  # type: ignore[call-overload]
     }
     write_file(folder / shard_name(number), save(content))
 
@@ -138,6 +151,8 @@ def write_index(folder: Path, numbers: Sequence[int], description: Mapping[str, 
     shards = [Shard(folder, number) for number in numbers]
     rows = [len(shard) for shard in shards]
     hashes = np.concatenate([shard.hashes() for shard in shards])
+    for shard in shards:
+        shard.ids()  # raises if damaged
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     (twice,) = np.nonzero(hashes[1:] == hashes[:-1])
@@ -161,7 +176,6 @@ def write_index(folder: Path, numbers: Sequence[int], description: Mapping[str, 
             "rows": int(sum(rows)),
             "width": shards[0].width,
             "dtype": shards[0].dtype,
-            "ids": hashlib.sha256(hashes.tobytes()).hexdigest(),
             "index": {"bytes": len(index), "crc32": zlib.crc32(index)},
             "shards": [{"number": s.number, "rows": len(s), "bytes": s.path.stat().st_size} for s in shards],
         },
@@ -200,7 +214,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"{size} bytes instead of {8 + length + max(ends)}")
     except FileNotFoundError as error:
         raise damaged(path, "no such file") from error
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise damaged(path, f"an unreadable header ({error})") from error
     return header, 8 + length
 
@@ -216,7 +230,9 @@ class Shard:
             (rows, self.width), self.dtype = entry["shape"], _NAMES[entry["dtype"]]
             self._rows, self._start = int(rows), self._data + int(entry["data_offsets"][0])
             self._checksums = self._array("checksums")
-        except (KeyError, ValueError, TypeError) as error:
+            if not {"hashes", "ids", "of_ids"} <= self._tensors.keys():
+                raise KeyError("ids")
+        except (LookupError, ValueError, TypeError) as error:
             raise damaged(self.path, f"other tensors ({error})") from error
         if self.dtype not in DTYPES or len(self._checksums) != -(-self._rows // BLOCK):
             raise damaged(self.path, "other tensors")
@@ -227,13 +243,18 @@ class Shard:
 
     def hashes(self) -> NDArray[np.uint64]:
         """``(N,)`` of the ids."""
-        found: NDArray[np.uint64] = self._array("hashes")
-        return found
+        return self._checked("hashes", 0)
 
     def ids(self) -> list[Any]:
         """The ids, in the order of the rows."""
-        found: list[Any] = json.loads(self._array("ids").tobytes())
+        found: list[Any] = json.loads(self._checked("ids", 1).tobytes())
         return found
+
+    def _checked(self, key: str, which: int) -> NDArray[Any]:
+        value = self._array(key)
+        if zlib.crc32(value.tobytes()) != self._array("of_ids")[which]:
+            raise damaged(self.path, f"{key} with another checksum")
+        return value
 
     def _array(self, key: str) -> NDArray[Any]:
         entry = self._tensors[key]

@@ -4,7 +4,7 @@ GradCache (Gao et al., 2021, arXiv 2101.06983) for any encoder and any loss on e
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +63,8 @@ def backward(
 
     Raises:
         ValueError: ``chunk_size`` < 1, tensors of different or zero length, embeddings of other rows, widths or modalities
-            between chunks, a loss that does not depend on the embeddings, a parameter that ``loss_fn`` uses and ``parameters`` lacks, a
-            loss that is not 0-d.
+            between chunks, a loss that does not depend on the embeddings, a loss that is not 0-d; in several chunks and without
+            ``separable`` also a parameter that ``loss_fn`` uses and ``parameters`` lacks.
         TypeError: ``encode`` returns no :class:`Embeddings`; the batch holds no tensors.
         RuntimeError: a batch normalisation in training mode, whose statistics would be those of the chunks.
 
@@ -72,8 +72,9 @@ def backward(
         gradient of the earlier ones.
 
     Note:
-        Random numbers of torch are replayed, on the CPU and on the devices of the batch; those of Python and NumPy are not. A term
-        on feature maps cannot be chunked: its maps are activations.
+        Random numbers of torch are replayed, on the CPU and on the devices of batch, model and parameters; those of Python and NumPy
+        are not. A term on feature maps cannot be chunked: its maps are activations. Under FSDP2 every process needs as many
+        chunks as the others: each forward pass is a collective.
 
     Example:
         >>> import torch
@@ -88,6 +89,7 @@ def backward(
         (torch.Size([]), torch.Size([2, 4]))
     """
     check_count("backward", "chunk_size", chunk_size, 1)
+    parameters = _declared(parameters)
     parts = _parts(encode, batch)
     chunks = [
         _Chunk(part, encoder, piece, start) for part, (encoder, one) in enumerate(parts) for start, piece in _chunked(one, chunk_size)
@@ -96,24 +98,26 @@ def backward(
         return _separable(parts, chunks, loss_fn, model, parameters, scale, sync)
     if len(chunks) == len(parts):  # nothing to save
         with torch.enable_grad(), _synchronised(model, sync):
-            embeddings = _merged([[_encoded(chunk)] for chunk in chunks])
+            embeddings = _watched(_merged([[_encoded(chunk)] for chunk in chunks]))
             loss = check_scalar("backward", loss_fn(embeddings))
-            _check_reached(loss, embeddings, None)
+            _check_reached(loss, embeddings)
             _seen(scale(loss), parameters).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    devices = _devices(chunks)
+    devices = _devices(chunks, model, parameters)
     states, encoded = [], [[] for _ in parts]  # type: ignore[var-annotated]
     with torch.no_grad(), _refusing_batch_norm(model):
         for chunk in chunks:
             states.append(_random_state(devices))
-            encoded[chunk.part].append(_encoded(chunk))
+            # copies: a slice would keep all that it is a slice of, and a reused output would be overwritten
+            encoded[chunk.part].append(Embeddings(*(None if x is None else x.detach().clone() for x in _encoded(chunk))))
     torch.clear_autocast_cache()  # weights that were cast without graph
     leaves = Embeddings(*(None if value is None else value.detach().requires_grad_() for value in _merged(encoded)))
     with torch.enable_grad():
         loss = check_scalar("backward", loss_fn(leaves))
         after = _random_state(devices)  # a loss may draw too
-        _check_reached(loss, leaves, parameters)
+        _check_reached(loss, leaves)
+        _check_declared(loss, leaves, parameters)
         wanted = [value for value in leaves if value is not None]
         found = torch.autograd.grad(scale(loss), [*wanted, *parameters], allow_unused=True)
     cached = dict(zip([name for name, value in leaves._asdict().items() if value is not None], found, strict=False))
@@ -123,31 +127,35 @@ def backward(
 
     def products(k: int) -> list[Tensor]:
         """What, encoded again, has the cached gradient."""
-        _set_random_state(states[k])
+        _set_random_state(states[k], devices)
         return [
             (value * gradient[starts[k] : starts[k] + len(value)].to(value.dtype)).sum().to(loss.dtype)
             for name, value in _encoded(chunks[k])._asdict().items()
-            if value is not None and (gradient := cached[name]) is not None
+            if value is not None and value.requires_grad and (gradient := cached[name]) is not None
         ]
 
+    added = False
     for k, chunk in enumerate(chunks):
         if k != final[chunk.part]:
             with torch.enable_grad(), _synchronised(model, False):
-                _add_gradient(products(k))
+                added |= _add_gradient(products(k))
     with torch.enable_grad(), _synchronised(model, sync):  # the last chunks of all parts together: DDP waits for every parameter
         of_loss = [
             (value * (0.0 if gradient is None else gradient)).sum().to(loss.dtype)
             for value, gradient in zip(parameters, of_parameters, strict=True)
         ]
-        _add_gradient([product for k in final.values() for product in products(k)] + of_loss)
-    _set_random_state(after)
+        added |= _add_gradient([product for k in final.values() for product in products(k)] + of_loss)
+    if not added:
+        raise ValueError("backward: expected a loss that depends on embeddings with gradient, got a frozen encoder. Train some of it.")
+    _set_random_state(after, devices)
     return loss.detach()
 
 
-def _add_gradient(products: list[Tensor]) -> None:
-    """Backward pass of the sum, if the loss depends on any of them."""
+def _add_gradient(products: list[Tensor]) -> bool:
+    """Backward pass of the sum, if there is any."""
     if products:
         torch.stack(products).sum().backward()  # type: ignore[no-untyped-call]
+    return bool(products)
 
 
 def _seen(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -162,6 +170,13 @@ class _Chunk(NamedTuple):
     encode: Encode
     batch: Any
     start: int
+
+
+def _declared(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Each once, without those that are frozen."""
+    if isinstance(parameters, Tensor):
+        raise TypeError(f"backward: expected parameters as a list of tensors, got a {describe(parameters)}. Put it into a list.")
+    return [value for value in {id(one): one for one in parameters}.values() if value.requires_grad]
 
 
 def _parts(encode: Encode | Sequence[tuple[Encode, Batch]], batch: Batch | None) -> list[tuple[Encode, Batch]]:
@@ -187,7 +202,8 @@ def _chunked(batch: Any, chunk_size: int) -> Iterator[tuple[int, Any]]:
         if isinstance(batch, Tensor):
             yield start, batch[part]
         elif isinstance(batch, Mapping):
-            yield start, {key: value[part] for key, value in batch.items()}
+            pieces_by_key = {key: value[part] for key, value in batch.items()}
+            yield start, pieces_by_key if type(batch) is dict else type(batch)(pieces_by_key)  # type: ignore[call-arg]
         else:
             pieces = [value[part] for value in batch]
             yield start, type(batch)(*pieces) if hasattr(batch, "_fields") else type(batch)(pieces)
@@ -232,18 +248,25 @@ def _starts(encoded: list[list[Embeddings]]) -> list[int]:
     return found
 
 
-def _check_reached(loss: Tensor, embeddings: Embeddings, parameters: Sequence[Tensor] | None) -> None:
-    """The loss depends on the embeddings and, where these are leaves, on no parameter that is not declared."""
-    reached = _leaves(loss)
-    if parameters is None:
-        if not loss.requires_grad:
-            raise ValueError("backward: expected a loss that depends on the embeddings, got one without gradient. Do not detach it.")
-        return
-    own = {id(value) for value in embeddings if value is not None}
-    if not own & set(reached):
-        raise ValueError("backward: expected a loss that depends on the embeddings, got one that does not. Use what loss_fn is given.")
-    declared = own | {id(value) for value in parameters}
-    undeclared = [value for key, value in reached.items() if key not in declared]
+def _watched(embeddings: Embeddings) -> Embeddings:
+    """The same values behind a node of the graph that is theirs alone."""
+    return Embeddings(*(None if value is None else value.view_as(value) if value.requires_grad else value for value in embeddings))
+
+
+def _check_reached(loss: Tensor, embeddings: Embeddings) -> None:
+    """The loss depends on embeddings that require grad; of a frozen encoder, on something that does."""
+    own = {value if value.grad_fn is None else value.grad_fn for value in embeddings if value is not None and value.requires_grad}
+    if not (own & _reached(loss).keys() if own else loss.requires_grad):
+        raise ValueError(
+            "backward: expected a loss that depends on embeddings with gradient, got one that does not. Use what loss_fn is given, do not "
+            "detach it, and train some of the encoder."
+        )
+
+
+def _check_declared(loss: Tensor, leaves: Embeddings, parameters: Sequence[Tensor]) -> None:
+    """Beside the embeddings the loss depends on no parameter that is not declared."""
+    known = {id(value) for value in (*leaves, *parameters)}
+    undeclared = [value for value in _reached(loss) if isinstance(value, Tensor) and id(value) not in known]
     if undeclared:
         raise ValueError(
             f"backward: expected every tensor that loss_fn uses outside of encode in parameters, got {len(undeclared)} more that "
@@ -252,19 +275,20 @@ def _check_reached(loss: Tensor, embeddings: Embeddings, parameters: Sequence[Te
         )
 
 
-def _leaves(value: Tensor) -> dict[int, Tensor]:
-    """Leaf tensors that the graph of ``value`` reaches, by id."""
-    found, seen, queue = {}, set(), [value.grad_fn]
-    if value.grad_fn is None and value.requires_grad:
-        return {id(value): value}
+def _reached(value: Tensor) -> dict[Any, None]:
+    """Nodes of the graph of ``value`` and its leaf tensors."""
+    found: dict[Any, None] = {}
+    queue: list[Any] = [value.grad_fn] if value.grad_fn is not None else []
+    if not queue and value.requires_grad:
+        found[value] = None
     while queue:
         node = queue.pop()
-        if node is None or node in seen:
+        if node is None or node in found:
             continue
-        seen.add(node)
+        found[node] = None
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, Tensor):
-            found[id(leaf)] = leaf
+            found[leaf] = None
         queue += [following for following, _ in node.next_functions]
     return found
 
@@ -285,13 +309,13 @@ def _separable(
     for k, chunk in enumerate(chunks):
         share, last = _rows(chunk.batch) / rows, k == len(chunks) - 1
         with torch.enable_grad(), _refusing_batch_norm(model, len(chunks) > 1), _synchronised(model, sync and last):
-            embeddings = _encoded(chunk)
+            embeddings = _watched(_encoded(chunk))
             _merged([[embeddings if widths is None else widths, embeddings]])  # refuses other widths
             widths = Embeddings(*(None if value is None else value.detach()[:1] for value in embeddings))
             device = next(value.device for value in embeddings if value is not None)
             index = torch.arange(chunk.start, chunk.start + _rows(chunk.batch), device=device)
             loss = share * check_scalar("backward", loss_fn(embeddings, index))
-            _check_reached(loss, embeddings, None)
+            _check_reached(loss, embeddings)
             _seen(scale(loss), parameters if last else ()).backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:  # excluded by check_chunks
@@ -308,7 +332,8 @@ def _refusing_batch_norm(model: nn.Module | None, chunked: bool = True) -> Itera
             names = [name for name, one in ([] if model is None else model.named_modules()) if one is module]
             raise RuntimeError(
                 f"backward: expected no batch normalisation in training mode, got {type(module).__name__} "
-                f"{names[0] if names else module}: its statistics would be a chunk's. Put it in eval(), or raise chunk_size to the batch."
+                f"{names[0] if names else module}: its statistics would be a chunk's. Put it in eval() if it tracks statistics, or raise "
+                "chunk_size to the batch."
             )
 
     handle = register_module_forward_pre_hook(refuse) if chunked else None
@@ -322,31 +347,39 @@ def _refusing_batch_norm(model: nn.Module | None, chunked: bool = True) -> Itera
 @contextmanager
 def _synchronised(model: nn.Module | None, sync: bool) -> Iterator[None]:
     """Within, gradients of a DDP or FSDP2 module are reduced if ``sync``; else only added up."""
-    inner: AbstractContextManager[Any] = nullcontext()
     if model is not None and hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-        model.set_requires_gradient_sync(sync)  # type: ignore[operator]
-        model.set_is_last_backward(sync)  # type: ignore[operator]
-    elif model is not None and hasattr(model, "no_sync") and not sync:
-        inner = model.no_sync()  # type: ignore[operator]
-    with inner:
+        _set_sync(model, sync)
+        try:
+            yield
+        finally:
+            _set_sync(model, True)
+        return
+    with model.no_sync() if model is not None and hasattr(model, "no_sync") and not sync else nullcontext():  # type: ignore[operator]
         yield
 
 
-def _devices(chunks: list[_Chunk]) -> list[torch.device]:
-    """Accelerators of the batch's tensors."""
-    found = set()
+def _set_sync(model: nn.Module, sync: bool) -> None:
+    model.set_requires_gradient_sync(sync)  # type: ignore[operator]
+    model.set_is_last_backward(sync)  # type: ignore[operator]
+
+
+def _devices(chunks: list[_Chunk], model: nn.Module | None, parameters: Sequence[Tensor]) -> list[torch.device]:
+    """Accelerators whose random numbers encode may draw: of the batch, of the model, and the one in use."""
+    tensors = [*parameters] if model is None else [*parameters, *model.parameters()]
     for chunk in chunks:
         batch = chunk.batch
-        tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
-        found |= {value.device for value in tensors}
-    return [device for device in found if device.type == "cuda"]
+        tensors += [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+    found = {value.device for value in tensors}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found.add(torch.device("cuda", torch.cuda.current_device()))
+    return [device for device in found if device.type in ("cuda", "xpu", "mps")]
 
 
-def _random_state(devices: list[torch.device]) -> tuple[Tensor, dict[torch.device, Tensor]]:
-    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+def _random_state(devices: list[torch.device]) -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), [torch.get_device_module(device).get_rng_state(device.index or 0) for device in devices]
 
 
-def _set_random_state(state: tuple[Tensor, dict[torch.device, Tensor]]) -> None:
+def _set_random_state(state: tuple[Tensor, list[Tensor]], devices: list[torch.device]) -> None:
     torch.set_rng_state(state[0])
-    for device, of_device in state[1].items():
-        torch.cuda.set_rng_state(of_device, device)
+    for device, of_device in zip(devices, state[1], strict=True):
+        torch.get_device_module(device).set_rng_state(of_device, device.index or 0)

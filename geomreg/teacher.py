@@ -365,14 +365,8 @@ class _Cached(Teacher):
         if not isinstance(batch, Mapping) or "id" not in batch:
             raise TypeError(f'Teacher: expected a batch as a dict with "id" to look up, got {describe(batch)}. Let the data set give ids.')
         device = next((value.device for key, value in batch.items() if key != "id" and isinstance(value, Tensor)), torch.device("cpu"))
-        found = self.cache(batch["id"])._asdict()
-        return Embeddings(
-            **{
-                key: value.to(device)
-                for key, value in found.items()
-                if value is not None and key in (self.modalities or Embeddings._fields)
-            }
-        )
+        found = self.cache(batch["id"], self.modalities)
+        return Embeddings(*(None if value is None else value.to(device) for value in found))
 
     def fingerprint(self) -> str:
         return next(iter(self.cache.fingerprint.values()))["weights"]

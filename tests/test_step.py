@@ -1,6 +1,7 @@
 """The chunked step gives the gradient of the whole batch: every kind of loss, batch, tower and mistake."""
 
 import copy
+import weakref
 from functools import partial
 
 import contract
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import BatchEncoding
 
 from geomreg import (
     AverageVectorLoss,
@@ -254,6 +256,91 @@ def test_declared_parameters_that_the_loss_does_not_use(options):
     close(gradients(model)[1:], 2 * found[1:], 1e-12)
 
 
+@pytest.mark.parametrize("chunk_size", [2, 9])
+@pytest.mark.parametrize("form", ["iterator", "twice", "frozen too"])
+def test_parameters_as_they_come(chunk_size, form):
+    model, frozen = Towers(), torch.ones((), dtype=torch.float64)
+    parameters = {
+        "iterator": (p for p in [model.logit_scale]), "twice": [model.logit_scale] * 2, "frozen too": [frozen, model.logit_scale],
+    }[form]  # fmt: skip
+    backward(
+        encode_with(model), data(5), lambda e: contrastive_loss(*e, logit_scale=frozen * model.logit_scale.exp()), chunk_size=chunk_size,
+        parameters=parameters,
+    )  # fmt: skip
+    whole = Towers()
+    contrastive_loss(*whole(*data(5)), logit_scale=whole.logit_scale.exp()).backward()
+    close(gradients(model), gradients(whole), 1e-12)
+    with pytest.raises(TypeError, match=r"^backward: expected parameters as a list of tensors, got a float64 tensor"):
+        backward(encode_with(model), data(5), lambda e: e.image.sum(), chunk_size=2, parameters=model.logit_scale)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 9])
+@pytest.mark.parametrize("locked", ["image", "text"])
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_locked_towers(chunk_size, locked, as_parts):
+    ends = []
+    for size in (chunk_size, None):
+        model, (images, texts) = Towers(), data(5)
+        getattr(model, locked).requires_grad_(False)
+
+        def loss_fn(embeddings):
+            return contrastive_loss(*embeddings, logit_scale=2.0)
+
+        if size is None:
+            loss_fn(model(images, texts)).backward()
+        elif as_parts:
+            parts = [(lambda b, m=model: Embeddings(image=m.image(b)), images), (lambda b, m=model: Embeddings(text=m.text(b)), texts)]
+            backward(parts, None, loss_fn, chunk_size=size)
+        else:
+            backward(encode_with(model), (images, texts), loss_fn, chunk_size=size)
+        assert getattr(model, locked)[0].weight.grad is None
+        ends.append(gradients(model))
+    close(*ends, 1e-12)
+
+
+def test_encoders_that_reuse_their_output_or_return_a_slice():
+    model, kept = Towers(), torch.zeros(3, 4, dtype=torch.float64)
+    alive = []
+
+    def encode(chunk):
+        image = model.image(chunk[0])
+        if torch.is_grad_enabled():
+            return Embeddings(image)
+        kept[: len(image)] = image  # as captured graphs do
+        large = torch.zeros(len(image), 1000, 4, dtype=torch.float64)
+        alive.append(weakref.ref(large.untyped_storage()))
+        large[:, 0] = kept[: len(image)]
+        return Embeddings(kept[: len(image)] if len(alive) % 2 else large[:, 0])
+
+    def loss_fn(embeddings):
+        assert not any(storage() for storage in alive)
+        return embeddings.image.square().sum(1).exp().mean()
+
+    backward(encode, data(9), loss_fn, chunk_size=3)
+    whole = Towers()
+    whole.image(data(9)[0]).square().sum(1).exp().mean().backward()
+    close(gradients(model), gradients(whole), 1e-12)
+
+
+def test_gradients_of_an_fsdp_module_are_reduced_again_afterwards():
+    """By whatever comes after the step, or after a mistake in it."""
+
+    class Sharded(Towers):
+        def set_requires_gradient_sync(self, sync):
+            self.sync = sync
+
+        def set_is_last_backward(self, last):
+            self.last = last
+
+    model = Sharded()
+    backward(encode_with(model), data(5), lambda e: e.image.square().mean(), chunk_size=2, model=model, sync=False)
+    assert model.sync
+    assert model.last
+    with pytest.raises(ZeroDivisionError):
+        backward(encode_with(model), data(5), lambda e, i: 1 / 0, chunk_size=2, model=model, separable=True)
+    assert model.sync
+
+
 def test_sums_that_are_not_separable():
     assert not WeightedSum(a=(1.0, FeatureDistillation()), b=(1.0, GramStructure())).separable
     assert not WeightedSum(a=(BalancedWeight(0.1), FeatureDistillation())).separable
@@ -285,18 +372,19 @@ def test_parts_of_different_lengths(chunk_size):
     assert sum(encoded) in (4, 8)
 
 
-@pytest.mark.parametrize("container", ["tensor", "tuple", "list", "dict", "namedtuple"])
+@pytest.mark.parametrize("container", ["tensor", "tuple", "list", "dict", "namedtuple", "mapping"])
 def test_containers(container):
     model, (images, texts) = Towers(), data(5)
     seen = []
 
     def encode(batch):
         seen.append(type(batch))
-        pixels = batch if container == "tensor" else batch["image"] if container == "dict" else batch[0]
+        pixels = batch if container == "tensor" else batch["image"] if container in ("dict", "mapping") else batch[0]
         return Embeddings(image=model.image(pixels))
 
     batch = {
         "tensor": images, "tuple": (images, texts), "list": [images, texts], "dict": {"image": images, "text": texts},
+        "mapping": BatchEncoding({"image": images, "text": texts}),
         "namedtuple": Embeddings(images, texts),
     }[container]  # fmt: skip
     backward(encode, batch, lambda e: e.image.square().mean(), chunk_size=2)
@@ -425,8 +513,15 @@ def test_losses_that_do_not_depend_on_the_embeddings():
     model = Towers()
     constant = torch.ones((), dtype=torch.float64, requires_grad=True)
     for loss_fn in (lambda e: torch.ones(()), lambda e: e.image.detach().sum(), lambda e: constant * 2):
-        refused(ValueError, "expected a loss that depends on the embeddings", model=model, loss_fn=loss_fn, parameters=[constant])
-    refused(ValueError, "expected a loss that depends on the embeddings", loss_fn=lambda e: e.image.detach().sum(), chunk_size=5)
+        refused(ValueError, "expected a loss that depends on embeddings", model=model, loss_fn=loss_fn, parameters=[constant])
+        for options in ({"chunk_size": 5}, {"separable": True}):
+            refused(
+                ValueError, "expected a loss that depends on embeddings", model=model, parameters=[constant],
+                loss_fn=lambda e, i=None, f=loss_fn: f(e), **options,
+            )  # fmt: skip
+    model.requires_grad_(False)
+    for chunk_size in (2, 5):
+        refused(ValueError, "expected a loss that depends on embeddings", model=model, chunk_size=chunk_size)
 
 
 def test_losses_that_are_not_scalar():
@@ -443,7 +538,7 @@ def test_bad_encoders():
     )
     refused(
         ValueError,
-        r"expected image embeddings of shape \(2, D\) for 2 samples",
+        r"expected floating-point image embeddings of shape \(2, D\) for 2 samples",
         encode=lambda b: Embeddings(model.image(b[0])[:1]),
         model=model,
     )

@@ -103,7 +103,8 @@ def embed_data(options: Options) -> EmbeddingCache:
         warnings.filterwarnings("ignore", "EmbeddingCache.build: .* could not be read")  # said below, with their names
         cache = EmbeddingCache.build(teacher, dataset, options.output, dtype=_DTYPES[options.dtype], **loading)
     if state.is_main_process:
-        _list_skipped(cache, dataset, options.output / SKIPPED)
+        if "image" in modalities:
+            _list_skipped(cache, dataset, options.output / SKIPPED)
         if options.check:
             cache.verify(teacher, dataset, options.check, tolerance=1e-3 if precision is None else 2e-2, **loading)
         print(cache)
@@ -148,9 +149,9 @@ def _data(options: Options, transform: Any, tokenizer: Any, modalities: tuple[st
 
 def _list_skipped(cache: EmbeddingCache, dataset: CsvPairs | LabelledFolder, path: Path) -> None:
     """What has no row and why, in a file; and on one line how many."""
-    embedded = set(cache.ids())
+    embedded = set(cache.ids("image"))
     lines = [f"{sample}\t{dataset[row].get('broken', 'left out')}" for row, sample in enumerate(dataset.ids) if sample not in embedded]
     path.unlink(missing_ok=True)
     if lines:
-        write_file(path, ("\n".join(lines) + "\n").encode())
+        write_file(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
         print(f"{len(lines)} of {len(dataset)} samples could not be read: see {path}. Train without them.")

@@ -290,6 +290,8 @@ def _regularized(
 
     inputs = {key: batch[key] for key in ("image", "text") if key in batch}
     rows = len(next(iter(inputs.values())))
+    if len(inputs) == 1:  # DDP waits for every parameter, those of the other tower too
+        options = {**options, "parameters": [value for value in options["model"].parameters() if value.requires_grad]}
     if regularizer.separable:
 
         def loss_fn(embeddings: Embeddings, index: Tensor) -> Tensor:
