@@ -1,5 +1,7 @@
 """The README's loop runs as it stands, its commands are real, and its size is bounded."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from geomreg import regularizers
+from geomreg.integrations.open_clip import embed
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_loop_runs_and_moves_model_and_mean():
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     torch.manual_seed(0)
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
@@ -46,6 +49,63 @@ def test_loop_runs_and_moves_model_and_mean():
         assert torch.equal(value, before[key])
     assert names["keep"].regularizers["dive"].mean.shape == (24,)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_lean_loop_is_the_plain_one(tmp_path, monkeypatch):
+    """The weights after the README's cheap loop are those of its first loop."""
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for number in (0, 1):
+        torch.manual_seed(0)
+        text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+        vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
+        model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, output_dict=True)
+        generator = torch.Generator().manual_seed(1)
+        data = [
+            {"id": k, "image": torch.randn(3, 16, 16, generator=generator), "text": torch.randint(1, 63, (8,), generator=generator)}
+            for k in range(200)
+        ]
+
+        def encode(model, batch):
+            return embed(model, batch["image"], batch["text"])
+
+        def task_loss(model, batch):
+            image, text = encode(model, batch)
+            return F.cross_entropy(10 * image @ text.T, torch.arange(len(image)))
+
+        names = {
+            "model": model,
+            "encode": encode,
+            "task_loss": task_loss,
+            "reference_data": data[100:],
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+            "target_loader": torch.utils.data.DataLoader(data[:100], batch_size=20),
+            "reference_loader": torch.utils.data.DataLoader(data[100:], batch_size=70),
+        }
+        code = blocks("python")[number]
+        if number == 0:
+            code = code.split("\n\n\n")[0] + "\n" + code[code.index("teacher = ") :]  # with this encode
+        exec(compile(code, str(README), "exec"), names)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
+
+
+def test_table_of_costs_is_what_was_recorded():
+    folder = README.parent / "benchmarks" / "step"
+    spec = importlib.util.spec_from_file_location("table", folder / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.table() in README.read_text(encoding="utf-8")
+    quality = json.loads((folder / "results" / "quality.json").read_text(encoding="utf-8"))["variants"]
+    means = {figure: [sum(run[figure] for run in one["runs"]) / 5 for one in list(quality.values())[1:]] for figure in ("id", "zero_shot")}
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    one, two, four, skipped = (f"{value:.1f}" for value in means["id"])
+    assert f"ID is {one} with R = B, {two} with B/2, {four} with B/4 and {skipped} with every fourth step" in text
+    assert "zero-shot {}, {}, {} and {}.".format(*(f"{value:.1f}" for value in means["zero_shot"])) in text
+    cache = json.loads((folder / "results" / "cache.json").read_text(encoding="utf-8"))
+    times = [f"{cache[key]['median_ms']:.0f} ms" for key in ("warm", "cold", "decode_jpeg")]
+    assert f"open in {cache['open']['seconds']:.2f} s, and 512 random ones take {times[0]} ({times[1]} when" in text
+    assert f"take a decoder {times[2]})" in text
 
 
 def test_commands_are_the_ones_that_ci_runs():
