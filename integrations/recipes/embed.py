@@ -1,26 +1,24 @@
 """``geomreg embed``: a teacher's embeddings of a data set, once and for all."""
 
 import contextlib
-import difflib
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
 from accelerate import PartialState
 from torch import nn
 
 from geomreg.cache import EmbeddingCache
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
+from geomreg.integrations.recipes.models import load
 from geomreg.integrations.recipes.train import Batch, encode
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
-__all__ = ["Options", "embed_data", "load_open_clip"]
+__all__ = ["Options", "embed_data"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,18 +81,18 @@ def embed_data(options: Options) -> EmbeddingCache:
     device = state.device if options.device == "auto" else torch.device(options.device)
     if device.type != state.device.type:
         raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')
-    model, transform, tokenizer = load_open_clip(options.model, options.pretrained)
+    loaded = load(options.model, options.pretrained)
     modalities = ("image", "text") if options.modality == "both" else (options.modality,)
-    dataset = _data(options, transform, tokenizer, modalities)
+    dataset = _data(options, loaded.transform, loaded.tokenizer, modalities)
     precision = _PRECISIONS[options.precision]
 
     def encode_in_precision(model: nn.Module, batch: Batch) -> Embeddings:
         with contextlib.nullcontext() if precision is None else torch.autocast(device.type, precision):
             return encode(model, batch)
 
-    teacher = Teacher(model, encode_in_precision).to(device)
+    teacher = Teacher(loaded.model, encode_in_precision).to(device)
     loading: dict[str, Any] = {
-        "tokenizer": tokenizer,
+        "tokenizer": loaded.tokenizer,
         "batch_size": options.batch_size,
         "num_workers": options.workers,
         "collate_fn": collate,
@@ -110,26 +108,6 @@ def embed_data(options: Options) -> EmbeddingCache:
         print(cache)
     state.wait_for_everyone()
     return cache
-
-
-def load_open_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Callable[..., Any], Callable[..., Any]]:
-    """Model in evaluation mode, the transform of evaluation, and the tokenizer; by name and weights, or from a folder."""
-    folder = Path(name)
-    if folder.is_dir():
-        if pretrained is not None:
-            raise ValueError(f"embed: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
-        if not (folder / "open_clip_config.json").is_file():
-            raise ValueError(f"embed: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
-        name = f"local-dir:{folder}"
-    elif name not in open_clip.list_models() and not name.startswith(("hf-hub:", "local-dir:")):
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else "See open_clip.list_models()."
-        raise ValueError(f"embed: expected a model of open_clip or a folder, got {name!r}. {hint}")
-    elif pretrained is None and not name.startswith(("hf-hub:", "local-dir:")):
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(f"embed: expected pretrained weights for {name} (a file, or of: {known}), got none. Pass --pretrained.")
-    model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained, output_dict=True)
-    return model.eval(), transform, open_clip.get_tokenizer(name)
 
 
 def _data(options: Options, transform: Any, tokenizer: Any, modalities: tuple[str, ...]) -> CsvPairs | LabelledFolder:

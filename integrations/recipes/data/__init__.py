@@ -1,7 +1,11 @@
 """Readers of image-text data as map-style data sets of ``{"id", "image", "text", ...}``."""
 
+from geomreg.integrations.recipes.data.coco import CocoCaptions
 from geomreg.integrations.recipes.data.collate import collate
+from geomreg.integrations.recipes.data.flickr8k import Flickr8k
 from geomreg.integrations.recipes.data.folder import LabelledFolder
 from geomreg.integrations.recipes.data.pairs import CsvPairs
+from geomreg.integrations.recipes.data.tar import TarPairs
+from geomreg.integrations.recipes.data.wilds import FMoW, IWildCam
 
-__all__ = ["CsvPairs", "LabelledFolder", "collate"]
+__all__ = ["CocoCaptions", "CsvPairs", "FMoW", "Flickr8k", "IWildCam", "LabelledFolder", "TarPairs", "collate"]

@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from geomreg.checks import check_callable, check_choices
-from geomreg.integrations.recipes.data.images import image_sample
+from geomreg.integrations.recipes.data.sample import check_reader, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint
 from geomreg.integrations.recipes.data.table import read_rows
-from geomreg.integrations.recipes.data.texts import Tokenizer, tokenize
-from geomreg.types import Embeddings
+from geomreg.integrations.recipes.data.texts import Tokenizer, check_templates, fill
 
 __all__ = ["LabelledFolder"]
 
@@ -41,7 +39,7 @@ class LabelledFolder(Dataset[dict[str, Any]]):
         class_names: name of each class folder: a dict, a JSON file of one, or a CSV or TSV file with the columns folder and
             name (a first row that begins with no folder's name is a header). By default the folders' own names with spaces
             for underscores.
-        templates: texts with ``{}`` in the place of the class name.
+        templates: texts with ``{}`` in the place of the class name (or ``{a}``: with its article, and spaces for underscores).
         strict: raise on a broken image.
         modalities: what samples hold beside the label; by default images and, given a tokenizer, texts.
 
@@ -69,20 +67,10 @@ class LabelledFolder(Dataset[dict[str, Any]]):
         strict: bool = False,
         modalities: tuple[str, ...] | None = None,
     ) -> None:
-        if modalities is None:
-            modalities = ("image",) if tokenizer is None else ("image", "text")
-        self.modalities = check_choices("LabelledFolder", "modalities", modalities, Embeddings._fields)
-        if "image" in self.modalities:
-            check_callable("LabelledFolder", "transform", transform, "of a PIL image")
-        if "text" in self.modalities:
-            check_callable("LabelledFolder", "tokenizer", tokenizer, "of a list of strings")
-        if isinstance(templates, str) or not templates or not all(isinstance(text, str) and "{}" in text for text in templates):
-            raise ValueError(
-                f"LabelledFolder: expected templates as a tuple of texts with {{}} for the class name, got {templates!r}. "
-                "Pass ('a photo of a {}.',), say."
-            )
+        self.modalities = check_reader("LabelledFolder", modalities, transform, tokenizer)
+        self.templates = check_templates("LabelledFolder", templates)
         self.path = os.path.abspath(path)
-        self.transform, self.tokenizer, self.templates, self.strict = transform, tokenizer, tuple(templates), strict
+        self.transform, self.tokenizer, self.strict = transform, tokenizer, strict
         if not os.path.isdir(self.path):
             raise FileNotFoundError(f"LabelledFolder: expected a folder of class folders, got none at {self.path}. Check the path.")
         with os.scandir(self.path) as entries:
@@ -105,24 +93,16 @@ class LabelledFolder(Dataset[dict[str, Any]]):
 
     def class_texts(self, template: str) -> list[str]:
         """The text of each of the C classes, say for a zero-shot head."""
-        return [template.replace("{}", name) for name in self.classes]
+        return [fill(template, name) for name in self.classes]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        sample: dict[str, Any] = {"id": self.ids[index]}
-        if "image" in self.modalities:
-            path = os.path.join(self.path, sample["id"])
-            sample = image_sample("LabelledFolder", sample["id"], path, self.transform, strict=self.strict)
-            if "broken" in sample:
-                return sample
-        sample["label"] = int(self.labels[index])
-        if "text" in self.modalities:
-            text = self.templates[index % len(self.templates)].replace("{}", self.classes[sample["label"]])
-            sample["text"] = tokenize("LabelledFolder", self.tokenizer, text)
-        return sample
+        sample_id, label = self.ids[index], int(self.labels[index])
+        text = fill(self.templates[index % len(self.templates)], self.classes[label])
+        return read_sample(self, sample_id, os.path.join(self.path, sample_id), text, label=label)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -11,12 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geomreg.checks import check_callable, check_choices
-from geomreg.integrations.recipes.data.images import image_sample
+from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
 from geomreg.integrations.recipes.data.table import read_rows
-from geomreg.integrations.recipes.data.texts import Tokenizer, tokenize
-from geomreg.types import Embeddings
+from geomreg.integrations.recipes.data.texts import Tokenizer
 
 __all__ = ["CAPTION_KEYS", "IMAGE_KEYS", "CsvPairs"]
 
@@ -74,11 +72,7 @@ class CsvPairs(Dataset[dict[str, Any]]):
         modalities: tuple[str, ...] = ("image", "text"),
         strict: bool = False,
     ) -> None:
-        self.modalities = check_choices("CsvPairs", "modalities", modalities, Embeddings._fields)
-        if "image" in self.modalities:
-            check_callable("CsvPairs", "transform", transform, "of a PIL image")
-        if "text" in self.modalities:
-            check_callable("CsvPairs", "tokenizer", tokenizer, "of a list of strings")
+        self.modalities = check_reader("CsvPairs", modalities, transform, tokenizer)
         self.path = os.fspath(path)
         self.root = os.path.abspath(os.path.dirname(self.path) if root is None else root)
         self.transform, self.tokenizer, self.strict = transform, tokenizer, strict
@@ -112,10 +106,8 @@ class CsvPairs(Dataset[dict[str, Any]]):
                 )
         self._captions, self._paths = columns.get("caption"), columns.get("path")
         self.ids: Sequence[str] = self._ids(columns.get("id"), id_key)
-        if "image" in self.modalities and not os.path.isfile(first := self._image_path(0)):
-            raise FileNotFoundError(
-                f"CsvPairs: expected the first image of {self.path}, got no file {first}. Pass root=, the images' folder."
-            )
+        if "image" in self.modalities:
+            check_first_image("CsvPairs", self.path, self._image_path(0), "Pass root=, the images' folder.")
 
     def _column(self, header: list[str], what: str, key: str | None, usual: tuple[str, ...], *, needed: bool) -> int | None:
         listed = ", ".join(map(repr, header))
@@ -173,13 +165,9 @@ class CsvPairs(Dataset[dict[str, Any]]):
         return len(self._lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = {"id": self.ids[index]}
-        if "image" in self.modalities:
-            where = f" (line {self._lines[index]} of {self.path})"
-            sample = image_sample("CsvPairs", sample["id"], self._image_path(index), self.transform, strict=self.strict, where=where)
-        if "text" in self.modalities and "broken" not in sample:
-            sample["text"] = tokenize("CsvPairs", self.tokenizer, self._captions[index])
-        return sample
+        path = self._image_path(index) if "image" in self.modalities else ""
+        caption = self._captions[index] if "text" in self.modalities else ""
+        return read_sample(self, self.ids[index], path, caption, where=f" (line {self._lines[index]} of {self.path})")
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -27,16 +27,17 @@ class Strings(Sequence[str]):
     def pack(cls, texts: Iterable[str]) -> "Strings":
         """Copy of ``texts``, which are held as Python objects meanwhile."""
         data = [text.encode(*_CODEC) for text in texts]
-        return cls._of_lengths(b"".join(data), np.fromiter(map(len, data), np.int64, len(data)))
+        return cls.of_lengths(b"".join(data), np.fromiter(map(len, data), np.int64, len(data)))
 
     @classmethod
     def concatenate(cls, parts: Iterable["Strings"]) -> "Strings":
         """Packed parts, one after another."""
         parts = list(parts)
-        return cls._of_lengths(b"".join(part.blob for part in parts), np.concatenate([part.lengths for part in parts]))
+        return cls.of_lengths(b"".join(part.blob for part in parts), np.concatenate([part.lengths for part in parts]))
 
     @classmethod
-    def _of_lengths(cls, blob: bytes, lengths: np.ndarray) -> "Strings":
+    def of_lengths(cls, blob: bytes, lengths: np.ndarray) -> "Strings":
+        """The strings of ``lengths`` bytes that ``blob`` is made of."""
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         return cls(blob, offsets[:-1], offsets[1:])

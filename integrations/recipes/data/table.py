@@ -1,12 +1,12 @@
-"""Rows of CSV and TSV files, their separator found, and every damage named by its line."""
+"""Rows of CSV and TSV files, their separator found, and lines of text files; every damage named by its line."""
 
 import contextlib
 import csv
 import io
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
-__all__ = ["read_rows"]
+__all__ = ["read_columns", "read_lines", "read_rows"]
 
 SEPARATORS = ("\t", ",", ";", "|")
 _SAMPLE = 1 << 16  # characters, for finding the separator
@@ -56,9 +56,41 @@ def read_rows(name: str, path: str, *, separator: str | None = None, known: Coll
             "that begin with a quote, and double those inside."
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8, got other bytes in line {_not_utf8(path)} of {path}. Save it as UTF-8.") from error
+        raise _not_utf8(name, path) from error
     if not width:
         raise ValueError(f"{name}: expected rows in {path}, got an empty file. Write a header and a row for each sample.")
+
+
+def read_columns(name: str, path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Line number, from 1, and the fields of ``columns`` in each row after the header of a CSV file; raises as :func:`read_rows`."""
+    rows = read_rows(name, path, separator=",")
+    header = [field.strip() for field in next(rows)[1]]
+    if not set(columns) <= set(header):
+        raise ValueError(
+            f"{name}: expected the columns {', '.join(map(repr, columns))} in {path}, got {', '.join(map(repr, header))}. "
+            "Pass the original file."
+        )
+    positions = [header.index(column) for column in columns]
+    for line, fields in rows:
+        yield line, [fields[position] for position in positions]
+
+
+def read_lines(name: str, path: str) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank in a UTF-8 file with or without byte order mark.
+
+    Raises:
+        FileNotFoundError: no file at ``path``.
+        ValueError: another encoding.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name}: expected a text file, got none at {path}. Check the path.")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(name, path) from error
 
 
 def _found(sample: str, known: Collection[str]) -> str:
@@ -71,11 +103,11 @@ def _found(sample: str, known: Collection[str]) -> str:
     return max(SEPARATORS, key=fit) if sample.strip("\r\n") else SEPARATORS[0]
 
 
-def _not_utf8(path: str) -> int:
-    """Number of the first line that is not UTF-8, in a file that has one."""
+def _not_utf8(name: str, path: str) -> ValueError:
+    """The error that names the first line that is not UTF-8, of a file that has one."""
     number = 0
     with open(path, "rb") as file, contextlib.suppress(UnicodeDecodeError):
         for line in file:
             number += 1
             line.decode()
-    return number
+    return ValueError(f"{name}: expected UTF-8, got other bytes in line {number} of {path}. Save it as UTF-8.")

@@ -13,7 +13,8 @@ from geomreg import EmbeddingCache, Teacher
 from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
-from geomreg.integrations.recipes.embed import Options, embed_data, load_open_clip
+from geomreg.integrations.recipes.embed import Options, embed_data
+from geomreg.integrations.recipes.models import load
 from geomreg.integrations.recipes.train import encode
 
 ROWS = 11
@@ -39,7 +40,8 @@ def options(data, output, **others):
 
 @pytest.fixture(scope="module")
 def emojiclip():
-    return load_open_clip(str(model_folder()))
+    loaded = load(str(model_folder()))
+    return loaded.model, loaded.transform, loaded.tokenizer
 
 
 def test_command_and_cached_teacher(pairs, emojiclip, tmp_path, capsys):
@@ -106,7 +108,7 @@ def test_unreadable_images_are_listed(pairs, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"model": "ViT-B-61"}, "expected a model of open_clip or a folder, got 'ViT-B-61'. Did you mean"),
-        ({"model": "ViT-B-16"}, r"expected pretrained weights for ViT-B-16 \(a file, or of: openai, .*\), got none. Pass --pretrained"),
+        ({"model": "ViT-B-16"}, r"expected pretrained weights for ViT-B-16 \(a file, or of: openai, .*\), got none. Pass them"),
         ({"pretrained": "openai"}, "expected no pretrained weights beside the folder"),
         ({"model": "."}, "expected open_clip_config.json in the model's folder ., got none"),
         ({"data": "absent.csv"}, "absent.csv"),

@@ -28,6 +28,7 @@ from geomreg.integrations.recipes.data.images import image_sample, load_rgb
 def test_same_pixels_as_torchvision(mode, color, suffix, tmp_path):
     path = str(write_image(tmp_path / f"x.{suffix}", color, mode=mode))
     assert load_rgb(path).mode == "RGB"
+    assert torch.equal(to_tensor(load_rgb("nowhere", (tmp_path / f"x.{suffix}").read_bytes())), to_tensor(load_rgb(path)))
     assert torch.equal(to_tensor(load_rgb(path)), to_tensor(pil_loader(path)))
 
 
@@ -52,6 +53,14 @@ def test_broken_images(kind, tmp_path):
         ValueError, match=rf"^reader: expected an image, got .*x\.jpg: {DAMAGES[kind]}.* \(line 3\)\. Repair it, or pass strict="
     ):
         image_sample("reader", "one", str(path), to_tensor, strict=True, where=" (line 3)")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "png"])
+def test_broken_content(kind, tmp_path):
+    path = write_image(tmp_path / "x.jpg")
+    damage(path, kind)
+    assert load_rgb("nowhere", path.read_bytes()) == load_rgb(str(path))
+    assert image_sample("reader", "one", "in/x", to_tensor, strict=False, data=path.read_bytes())["broken"].startswith("in/x: ")
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from geomreg.integrations.recipes.data.table import SEPARATORS, read_rows
+from geomreg.integrations.recipes.data.table import SEPARATORS, read_columns, read_lines, read_rows
 
 CAPTIONS = [
     "a dog, a cat; and a | bar",
@@ -103,3 +103,24 @@ def test_no_file(tmp_path):
     for path in (tmp_path, tmp_path / "x"):
         with pytest.raises(FileNotFoundError, match=r"^reader: expected a CSV or TSV file, got none at .*\. Check the path\.$"):
             rows(path)
+
+
+def test_columns(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('a, b,c\n1,"2\n2",3\n4,5|,6\n')
+    assert list(read_columns("reader", str(path), ("c", "b"))) == [(2, ["3", "2\n2"]), (4, ["6", "5|"])]
+    with pytest.raises(
+        ValueError, match=r"^reader: expected the columns 'c', 'd' in .*x\.csv, got 'a', 'b', 'c'\. Pass the original file\.$"
+    ):
+        next(read_columns("reader", str(path), ("c", "d")))
+
+
+def test_lines(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes("\ufeff a\tb \r\n\n \n\u2028größe\nlast".encode())
+    assert list(read_lines("reader", str(path))) == [(1, " a\tb "), (4, "\u2028größe"), (5, "last")]
+    path.write_bytes(b"a\n\xff\n")
+    with pytest.raises(ValueError, match=r"^reader: expected UTF-8, got other bytes in line 2 of .*x\. Save it as UTF-8\.$"):
+        list(read_lines("reader", str(path)))
+    with pytest.raises(FileNotFoundError, match=r"^reader: expected a text file, got none at .*\. Check the path\.$"):
+        list(read_lines("reader", str(tmp_path)))

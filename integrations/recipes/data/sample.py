@@ -1,0 +1,68 @@
+"""What all readers do alike: the check of their options, and one sample of an image file and a text."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from geomreg.checks import check_callable, check_choices
+from geomreg.integrations.recipes.data.images import image_sample
+from geomreg.integrations.recipes.data.texts import Tokenizer, tokenize
+from geomreg.types import Embeddings
+
+__all__ = ["Reader", "check_first_image", "check_reader", "read_sample"]
+
+
+class Reader(Protocol):
+    """Options of a data set that :func:`read_sample` uses; messages begin with its class's name."""
+
+    transform: Callable[[Image.Image], Tensor] | None
+    tokenizer: Tokenizer | None
+    modalities: tuple[str, ...]
+    strict: bool
+
+
+def check_reader(name: str, modalities: tuple[str, ...] | None, transform: object, tokenizer: object) -> tuple[str, ...]:
+    """``modalities``, by default images and, given a tokenizer, texts; each with its function."""
+    if modalities is None:
+        modalities = ("image",) if tokenizer is None else ("image", "text")
+    modalities = check_choices(name, "modalities", modalities, Embeddings._fields)
+    if "image" in modalities:
+        check_callable(name, "transform", transform, "of a PIL image")
+    if "text" in modalities:
+        check_callable(name, "tokenizer", tokenizer, "of a list of strings")
+    return modalities
+
+
+def check_first_image(name: str, source: str, path: str, hint: str) -> None:
+    """There is a file at ``path``; the other images are not looked for."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name}: expected the first image of {source}, got no file {path}. {hint}")
+
+
+def read_sample(
+    reader: Reader, sample_id: str, path: str, text: str, *, where: str = "", data: bytes | None = None, **more: int
+) -> dict[str, Any]:
+    """``{"id", "image", "text", **more}`` with the reader's modalities, or a broken sample.
+
+    Args:
+        reader: data set whose sample it is.
+        sample_id: of the sample.
+        path: image file, or with ``data`` what messages call it; not used without the modality ``"image"``.
+        text: caption; not used without the modality ``"text"``.
+        where: where the list of samples names this one, for messages.
+        data: content of the image file.
+        more: integers that belong to the sample.
+    """
+    name = type(reader).__name__
+    sample: dict[str, Any] = {"id": sample_id}
+    if "image" in reader.modalities:
+        sample = image_sample(name, sample_id, path, reader.transform, strict=reader.strict, where=where, data=data)
+        if "broken" in sample:
+            return sample
+    sample |= more
+    if "text" in reader.modalities:
+        sample["text"] = tokenize(name, reader.tokenizer, text)
+    return sample

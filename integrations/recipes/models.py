@@ -1,0 +1,200 @@
+"""open_clip models for training: by name or from a folder, frozen in part, with adapters."""
+
+import difflib
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from torch import nn
+
+from geomreg.checks import check_count, check_positive
+
+__all__ = ["Lora", "Model", "ModelConfig", "clamp_logit_scale", "freeze", "load", "merge_adapters"]
+
+ADAPTED = ("c_fc", "c_proj")  # the MLP layers of open_clip's transformers
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) by peft; all weights beside them are frozen.
+
+    Attributes:
+        rank: of the updates.
+        alpha: their scale is alpha / rank.
+        layers: last parts of the names of the adapted layers. Attention of open_clip's own towers (``nn.MultiheadAttention``) is
+            refused: peft merges adapters into its weights for each forward, which a teacher with adapters off cannot undo exactly.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    layers: tuple[str, ...] = ADAPTED
+
+    def __post_init__(self) -> None:
+        check_count("Lora", "rank", self.rank, 1)
+        check_positive("Lora", "alpha", self.alpha)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+        name: of an open_clip model, or a folder with open_clip_config.json and weights.
+        pretrained: tag or file of the weights; not for a folder.
+        frozen: towers (``"image"``, ``"text"``) or prefixes of parameter names that are not trained.
+        logit_scale: trained or frozen.
+        max_logit_scale: clamp it after each step (CLIP's 100); None: FLYP does not.
+        lora: train adapters instead of the weights.
+    """
+
+    name: str
+    pretrained: str | None = None
+    frozen: tuple[str, ...] = ()
+    logit_scale: Literal["trained", "frozen"] = "trained"
+    max_logit_scale: float | None = None
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_logit_scale is not None:
+            check_positive("ModelConfig", "max_logit_scale", self.max_logit_scale)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with what belongs to it.
+
+    Attributes:
+        model: open_clip model in evaluation mode.
+        config: open_clip's configuration, ``{"model_cfg", "preprocess_cfg"}``.
+        train_transform: PIL image to tensor with open_clip's crops.
+        transform: PIL image to tensor, of evaluation.
+        tokenizer: list of texts to ``(N, L)`` token ids.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    train_transform: Callable[..., Any]
+    transform: Callable[..., Any]
+    tokenizer: Callable[..., Any]
+
+
+def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] = (0.9, 1.0)) -> Model:
+    """A pre-trained open_clip model by name, or from a folder.
+
+    Args:
+        name: one of ``open_clip.list_models()``, ``hf-hub:...``, or a folder.
+        pretrained: tag or file of the weights; not for a folder or a hub.
+        crop: scale of the random crops in training; FLYP's.
+
+    Raises:
+        ValueError: an unknown name, no weights, or weights beside a folder.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if pretrained is not None:
+            raise ValueError(f"load: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
+        if not (folder / "open_clip_config.json").is_file():
+            raise ValueError(f"load: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
+        name = f"local-dir:{folder}"
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    elif name.startswith("hf-hub:"):
+        config = open_clip.get_model_config(name)
+    elif name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "See open_clip.list_models()."
+        raise ValueError(f"load: expected a model of open_clip or a folder, got {name!r}. {hint}")
+    elif pretrained is None:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"load: expected pretrained weights for {name} (a file, or of: {known}), got none. Pass them.")
+    else:
+        config = open_clip.get_model_config(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, train_transform, transform = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, output_dict=True, aug_cfg={"scale": crop}
+        )
+    if any("QuickGELU" in str(one.message) for one in caught):
+        raise ValueError(
+            f"load: expected the activation that the weights {pretrained!r} were trained with, got {name}'s. Use the model "
+            f"{name.removesuffix('-quickgelu') if name.endswith('-quickgelu') else name + '-quickgelu'!r}."
+        )
+    for one in caught:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    described = {"model_cfg": config, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
+    return Model(model.float().eval(), described, train_transform, transform, open_clip.get_tokenizer(name))
+
+
+def freeze(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """Freeze what the configuration says, or add adapters; in place.
+
+    Raises:
+        ValueError: a prefix without parameters, adapters on attention, nothing left to train.
+    """
+    if config.lora is not None:
+        _add_adapters(model, config.lora)
+    for part in config.frozen:
+        found = [value for name, value in model.named_parameters() if _belongs(name, part)]
+        if not found:
+            tops = sorted({name.partition(".")[0] for name, _ in model.named_parameters()})
+            raise ValueError(
+                f'freeze: expected "image", "text" or a prefix of parameter names, got {part!r}. They begin with {", ".join(tops)}.'
+            )
+        for value in found:
+            value.requires_grad_(False)
+    for name in ("logit_scale", "logit_bias"):
+        value = getattr(model, name, None)
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(config.logit_scale == "trained")
+    if not any(value.requires_grad for name, value in model.named_parameters() if not name.startswith("logit_")):
+        raise ValueError(f"freeze: expected something to train, got frozen {', '.join(config.frozen)}. Leave a layer out.")
+    return model
+
+
+def _belongs(name: str, part: str) -> bool:
+    if name.startswith("logit_"):
+        return False
+    if part in ("image", "text"):
+        return name.startswith("visual.") == (part == "image")
+    return name == part or name.startswith(part.rstrip(".") + ".")
+
+
+def _add_adapters(model: nn.Module, lora: Lora) -> None:
+    import peft
+
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in lora.layers]
+    modules = dict(model.named_modules())
+    if not names:
+        raise ValueError(f"freeze: expected layers named {', '.join(lora.layers)} for adapters, got none. See model.named_modules().")
+    for name in names:
+        if isinstance(modules[name], nn.MultiheadAttention) or ".attn." in f".{name}.":
+            owner = name.rpartition(".")[0]
+            if isinstance(modules[name], nn.MultiheadAttention) or isinstance(modules.get(owner), nn.MultiheadAttention):
+                raise ValueError(
+                    f"freeze: expected adapters on layers where they are exact, got {name} (nn.MultiheadAttention). Use MLP layers."
+                )
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names)
+    peft.inject_adapter_in_model(config, model)
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Put the adapters into the weights and take their layers out; in place. A model without adapters stays as it is."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge(safe_merge=True)
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, module.base_layer)
+    return model
+
+
+@torch.no_grad()
+def clamp_logit_scale(model: nn.Module, largest: float | None) -> None:
+    """Keep the exponentiated logit scale in [1, largest]; None: leave it."""
+    if largest is not None:
+        model.logit_scale.clamp_(0.0, math.log(largest))

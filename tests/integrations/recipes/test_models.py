@@ -1,0 +1,194 @@
+"""Models as they are configured, and exports that others load."""
+
+import copy
+import math
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from transformers import CLIPModel
+
+from geomreg import Teacher
+from geomreg.integrations.open_clip import embed
+from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes.export import to_open_clip, to_transformers
+from geomreg.integrations.recipes.models import Lora, ModelConfig, clamp_logit_scale, freeze, load, merge_adapters
+from geomreg.integrations.recipes.train import encode
+
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 12, "layers": 2},
+        "text_cfg": {"context_length": 10, "vocab_size": 300, "width": 32, "heads": 4, "layers": 3},
+    },
+    "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"},
+}
+BATCH = {"image": torch.randn(4, 3, 32, 32), "text": torch.randint(1, 298, (4, 10))}
+BATCH["text"][:, 6] = 299  # the end of each text
+BATCH["text"][:, 7:] = 0
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    found = open_clip.CLIP(**{**CONFIG["model_cfg"], **changes}, output_dict=True)
+    for value in found.parameters():
+        torch.nn.init.normal_(value, std=0.1) if value.ndim else value.data.fill_(3.0)
+    return found.eval()
+
+
+def trained(found):
+    return {name for name, value in found.named_parameters() if value.requires_grad}
+
+
+# loading
+
+
+def test_load_from_a_folder(tmp_path):
+    one = model()
+    to_open_clip(one, CONFIG, tmp_path / "model")
+    loaded = load(str(tmp_path / "model"))
+    assert not loaded.model.training
+    assert loaded.config == CONFIG
+    for found, expected in zip(encode(loaded.model, BATCH), encode(one, BATCH), strict=True):
+        assert torch.equal(found, expected)
+    assert loaded.tokenizer(["a text"]).shape == (1, 10)
+    with pytest.raises(ValueError, match="expected no pretrained weights beside the folder"):
+        load(str(tmp_path / "model"), "openai")
+
+
+def test_load_by_name_and_file(tmp_path):
+    torch.manual_seed(0)
+    name = "ViT-B-32"
+    state = open_clip.create_model(name).state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    loaded = load(name, str(tmp_path / "weights.pt"))
+    assert torch.equal(loaded.model.state_dict()["visual.proj"], state["visual.proj"])
+    assert loaded.config["model_cfg"] == open_clip.get_model_config(name)
+    assert "RandomResizedCrop" in repr(loaded.train_transform)
+    assert "scale=(0.9, 1.0)" in repr(loaded.train_transform)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-61", "openai", "got 'ViT-B-61'. Did you mean 'ViT-B-16'"),
+        ("ViT-B-16", None, r"expected pretrained weights for ViT-B-16 \(a file, or of: openai"),
+        (".", None, "expected open_clip_config.json in the model's folder"),
+    ],
+)
+def test_what_cannot_be_loaded(name, pretrained, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, pretrained)
+
+
+# freezing
+
+
+def test_freezing():
+    everything = trained(model())
+    found = {
+        part: trained(freeze(model(), ModelConfig("m", frozen=part)))
+        for part in (("image",), ("text",), ("visual.conv1", "transformer.resblocks.0"))
+    }
+    assert found["image",] == {name for name in everything if not name.startswith("visual.")}
+    assert found["text",] == {name for name in everything if name.startswith("visual.")} | {"logit_scale"}
+    gone = everything - found["visual.conv1", "transformer.resblocks.0"]
+    assert gone == {name for name in everything if name.startswith(("visual.conv1.", "transformer.resblocks.0."))}
+    assert "transformer.resblocks.0.ln_1.weight" in gone
+    assert trained(freeze(model(), ModelConfig("m", logit_scale="frozen"))) == everything - {"logit_scale"}
+    with pytest.raises(ValueError, match=r'expected "image", "text" or a prefix of parameter names, got \'visual.conv\'. They begin with'):
+        freeze(model(), ModelConfig("m", frozen=("visual.conv",)))
+    with pytest.raises(ValueError, match="expected something to train, got frozen image, text"):
+        freeze(model(), ModelConfig("m", frozen=("image", "text")))
+
+
+def test_adapters():
+    plain = model()
+    student = freeze(copy.deepcopy(plain), ModelConfig("m", lora=Lora(rank=2)))
+    names = trained(student)
+    assert names - {"logit_scale"} == {name for name in names if "lora_" in name}
+    teacher = Teacher.adapters_off
+    with torch.no_grad():
+        for name, value in student.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.5)
+    for found, expected in zip(encode(student, BATCH), encode(plain, BATCH), strict=True):
+        assert (found - expected).norm() > 0.01
+    student.logit_scale.requires_grad_(False)
+    for found, expected in zip(teacher(student, encode)(BATCH), encode(plain, BATCH), strict=True):
+        assert torch.equal(found, expected)
+    before = encode(student, BATCH)
+    merged = merge_adapters(student)
+    assert set(merged.state_dict()) == set(plain.state_dict())
+    for found, expected in zip(encode(merged, BATCH), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert merge_adapters(plain) is plain
+    for layers, message in ((("out_proj",), "expected adapters on layers where they are exact"), (("fc9",), "expected layers named fc9")):
+        with pytest.raises(ValueError, match=message):
+            freeze(model(), ModelConfig("m", lora=Lora(layers=layers)))
+
+
+def test_clamping():
+    one = model()
+    clamp_logit_scale(one, None)
+    assert one.logit_scale.item() == 3.0
+    clamp_logit_scale(one, 10.0)
+    assert one.logit_scale.item() == pytest.approx(math.log(10))
+    one.logit_scale.data.fill_(-2.0)
+    clamp_logit_scale(one, 10.0)
+    assert one.logit_scale.item() == 0
+
+
+# exports
+
+
+def test_open_clip_loads_the_export(tmp_path):
+    one = model()
+    one.logit_scale = torch.nn.Parameter(one.logit_scale.detach().reshape(1))  # as FSDP2 needs it
+    for _ in range(2):  # an export that is there is replaced
+        to_open_clip(one, CONFIG, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    found, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}", output_dict=True)
+    assert all(torch.equal(value.reshape(-1), one.state_dict()[key].reshape(-1)) for key, value in found.state_dict().items())
+    assert found.logit_scale.shape == ()
+    assert "Normalize(mean=[0.5, 0.5, 0.5]" in repr(transform)
+
+
+def test_emojiclip_round_trip(tmp_path):
+    loaded = load(str(model_folder()))
+    again = load(str(to_open_clip(loaded.model, loaded.config, tmp_path / "out")))
+    assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in loaded.model.state_dict().items())
+    with pytest.raises(ValueError, match="expected CLIP with a plain ViT and text transformer, got CLIP with TimmModel"):
+        to_transformers(loaded.model, loaded.config, tmp_path / "transformers")
+    assert not (tmp_path / "transformers").exists()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_transformers_loads_the_export(tmp_path, quick):
+    one = model(quick_gelu=quick)
+    found = CLIPModel.from_pretrained(to_transformers(one, CONFIG, tmp_path / "out")).eval()
+    with torch.no_grad():
+        out = found(input_ids=BATCH["text"], pixel_values=BATCH["image"])
+        expected = embed(one, BATCH["image"], BATCH["text"])
+    torch.testing.assert_close(out.image_embeds, expected.image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.text_embeds, expected.text, rtol=1e-4, atol=1e-5)
+    assert found.logit_scale.item() == one.logit_scale.item()
+
+
+def test_architectures_that_transformers_lacks(tmp_path):
+    config = copy.deepcopy(CONFIG)
+    config["model_cfg"]["vision_cfg"]["attentional_pool"] = True
+    with pytest.raises(ValueError, match=r"got the options attentional_pool. Use open_clip's layout"):
+        to_transformers(model(), config, tmp_path / "out")
+
+
+def test_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
+    one = model()
+    folder = to_open_clip(one, CONFIG, tmp_path / "out")
+    before = (folder / "open_clip_model.safetensors").read_bytes()
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        to_open_clip(model(embed_dim=8), CONFIG, folder)
+    assert (folder / "open_clip_model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
