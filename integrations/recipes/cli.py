@@ -1,9 +1,11 @@
 """The command ``geomreg``."""
 
+import dataclasses
 import difflib
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = ["main"]
@@ -32,7 +34,7 @@ def _run(arguments: list[str]) -> int:
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             line = " ".join(str(message).split())
-            unknown = re.search(r"--([A-Za-z_]+)", line)
+            unknown = re.search(r"--([A-Za-z_.]+)", line)
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(f"--{unknown.group(1)}", known, n=1) if unknown else []
             hint = f" Did you mean {near[0]}?" if near and f"--{unknown.group(1) if unknown else ''}" not in known else " See --help."
@@ -41,23 +43,45 @@ def _run(arguments: list[str]) -> int:
 
     from geomreg.integrations.quickstart.run import Options as QuickstartOptions
     from geomreg.integrations.quickstart.run import quickstart
+    from geomreg.integrations.recipes.config import Config
     from geomreg.integrations.recipes.embed import Options as EmbedOptions
     from geomreg.integrations.recipes.embed import embed_data
+    from geomreg.integrations.recipes.finetune import finetune_from
 
     commands: dict[str, tuple[Callable[[Any], Any], type[Any], str]] = {
         "quickstart": (quickstart, QuickstartOptions, "plain FLYP against FLYP + DiVE on OpenMoji pictures, a few minutes on a CPU"),
+        "finetune": (finetune_from, Config, "fine-tune your own CLIP, with a regularizer that keeps what it knew"),
         "embed": (embed_data, EmbedOptions, "a cache of a frozen model's embeddings, for Teacher.cached"),
     }
     parser = Parser(prog="geomreg", description="Fine-tune embedding models without losing their geometry.")
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, (command, options, summary) in commands.items():
         sub = Parser(description=command.__doc__.splitlines()[0] if command.__doc__ else None)
+        if options is Config:
+            sub.add_argument("--config", action="config", help="YAML file with some of the options; several add up, later ones win")
         sub.add_class_arguments(options, as_group=False)
         subcommands.add_subcommand(name, sub, help=summary)
-    values = parser.parse_args(arguments)
+    values = parser.instantiate(parser.parse_args(_with_shipped_files(arguments)))
     command, options, _ = commands[values.command]
-    command(options(**vars(values[values.command])))
+    given = vars(values[values.command])
+    command(options(**{field.name: given[field.name] for field in dataclasses.fields(options)}))
     return 0
+
+
+def _with_shipped_files(arguments: list[str]) -> list[str]:
+    """``--config method/dive`` means the file that comes with the package, unless there is one of this name."""
+    folder = Path(__file__).parent / "configs"
+    shipped = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    found = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before == "--config" and not Path(argument).exists():
+            if argument not in shipped:
+                near = difflib.get_close_matches(argument, shipped, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(shipped))}."
+                raise ValueError(f"expected --config as a file or one that comes with geomreg, got {argument!r}. {hint}")
+            argument = str(shipped[argument])
+        found.append(argument)
+    return found
 
 
 if __name__ == "__main__":

@@ -283,6 +283,10 @@ def _regularized(
     """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
     parts: dict[str, Tensor] = {}
 
+    def given() -> dict[str, Tensor]:
+        """The live logit scale, for terms that take it."""
+        return {"logit_scale": unwrap(options["model"]).logit_scale.exp()} if "logit_scale" in regularizer.inputs else {}
+
     def of(terms: Terms, share: float) -> Tensor:
         for name, part in terms.parts.items():
             parts[name] = parts.get(name, 0.0) + share * part
@@ -296,11 +300,11 @@ def _regularized(
 
         def loss_fn(embeddings: Embeddings, index: Tensor) -> Tensor:
             rows_of_teacher = Embeddings(*(None if value is None else value[index] for value in frozen))
-            return of(regularizer.terms(embeddings, rows_of_teacher), len(index) / rows)
+            return of(regularizer.terms(embeddings, rows_of_teacher, **given()), len(index) / rows)
 
         total = backward(encoded, inputs, loss_fn, separable=True, **options)
     else:
-        total = backward(encoded, inputs, lambda embeddings: of(regularizer.terms(embeddings, frozen), 1.0), **options)
+        total = backward(encoded, inputs, lambda embeddings: of(regularizer.terms(embeddings, frozen, **given()), 1.0), **options)
     return parts, total / factor
 
 

@@ -1,0 +1,283 @@
+"""``geomreg finetune``: a run from its configuration to an exported model."""
+
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm import tqdm
+
+import geomreg
+from geomreg.cache import EmbeddingCache
+from geomreg.compose import WeightedSum
+from geomreg.integrations.recipes.config import READERS, Config, DataConfig, TermConfig, check_options
+from geomreg.integrations.recipes.data import TarPairs
+from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
+from geomreg.integrations.recipes.export import to_open_clip
+from geomreg.integrations.recipes.models import Model, clamp_logit_scale, freeze, load, merge_adapters
+from geomreg.integrations.recipes.train import Batches, Checkpoints, Settings, encode, finetune
+from geomreg.shards import write_file
+from geomreg.teacher import Teacher
+
+__all__ = ["finetune_from", "regularizer_of"]
+
+BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a run
+
+
+def finetune_from(config: Config) -> Path:
+    """Fine-tune a CLIP model as configured; an interrupted run with the same configuration goes on. Returns the exported model's folder.
+
+    The run's folder holds config.json (resolved), environment.json, metrics.jsonl, checkpoints, broken.txt if samples could not be read,
+    and the final model in open_clip's layout, adapters merged.
+
+    Raises:
+        ValueError: a configuration that does not fit together or another one than that of the run in this folder.
+        RuntimeError: a loss that is not finite; too many broken samples.
+    """
+    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.train.precision)
+    set_seed(config.train.seed)  # adapters start at random
+    loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop)
+    kind = config.method.teacher if config.method.terms else None
+    teacher = _teacher(config, loaded) if kind in ("frozen", "cached") else None
+    model = freeze(loaded.model, config.model)
+    if kind == "adapters_off":
+        teacher = Teacher.adapters_off(model, encode)
+    elif kind == "averaged":
+        teacher = Teacher.averaged(model, encode, decay=config.method.teacher_decay)
+    regularizer = regularizer_of(config.method.terms, model) if config.method.terms else None
+    reference = None if config.reference is None else _Stream(config.reference, loaded, config, accelerator, augment=False)
+    target = _Stream(config.target, loaded, config, accelerator, augment=True)
+    settings = _settings(config, target)
+    _claim(config, accelerator)
+    log = _Log(config.output, settings.steps, accelerator)
+
+    def on_step(entry: dict[str, float]) -> None:
+        clamp_logit_scale(model, config.model.max_logit_scale)
+        log.add(entry)
+        for stream in (target, reference):
+            if stream is not None:
+                stream.check_broken(config.output)
+
+    with _asked_to_stop() as stop:
+        finetune(
+            model,
+            target.batches,
+            settings,
+            regularizer=regularizer,
+            reference=None if reference is None else reference.batches,
+            teacher=teacher,
+            accelerator=accelerator,
+            checkpoints=Checkpoints(config.output / "checkpoints", config.train.save_every),
+            on_step=on_step,
+            should_stop=stop.is_set,
+        )
+    if accelerator.is_main_process:
+        to_open_clip(merge_adapters(model), loaded.config, config.output / "model")
+    accelerator.wait_for_everyone()
+    return config.output / "model"
+
+
+def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> WeightedSum:
+    """The weighted sum of the configured terms; those on parameters get the model's.
+
+    Raises:
+        ValueError: no regularizer of this name; options that it does not have; inputs that a run cannot give.
+    """
+    built = {}
+    for name, config in terms.items():
+        owner = getattr(geomreg.regularizers, config.term, None)
+        if not (inspect.isclass(owner) and issubclass(owner, nn.Module)):
+            known = [key for key in geomreg.regularizers.__all__ if inspect.isclass(getattr(geomreg.regularizers, key))]
+            raise ValueError(f"{name}: expected the name of a regularizer, got {config.term!r}. There are {', '.join(known)}.")
+        given: tuple[Any, ...] = ()
+        if config.term == "WeightAnchor":
+            given = (model,)
+        elif config.term == "ProjectionOrthogonality":
+            given = (model.visual.proj, model.text_projection)
+        check_options(name, config.options, owner, tuple(list(inspect.signature(owner).parameters)[: len(given)]))
+        term = owner(*given, **{key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()})
+        if lacking := set(getattr(term, "inputs", ())) - {"logit_scale"}:
+            raise ValueError(f"{name}: expected a term of embeddings and logit scale, got one that needs {', '.join(sorted(lacking))}.")
+        built[name] = (config.weight, term)
+    return WeightedSum(**built)
+
+
+class _Stream:
+    """One of the two data sets: its batches, and what was broken in it."""
+
+    def __init__(self, config: DataConfig, loaded: Model, run: Config, accelerator: Accelerator, *, augment: bool) -> None:
+        reader, train = READERS[config.kind], run.train
+        transform = loaded.train_transform if augment else loaded.transform
+        options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+        self.labelled = "templates" in inspect.signature(reader).parameters
+        self.dataset = reader(
+            config.path,
+            transform=transform,
+            tokenizer=loaded.tokenizer,
+            modalities=("image",) if self.labelled else ("image", "text"),
+            **options,
+        )
+        size = train.batch_size if augment else train.reference_batch_size or train.batch_size
+        if size % accelerator.num_processes:
+            raise ValueError(
+                f"finetune: expected a batch that {accelerator.num_processes} processes can share, got {size}. Choose a multiple of it."
+            )
+        texts = None
+        if self.labelled:
+            texts = torch.stack([loaded.tokenizer(self.dataset.class_texts(template)) for template in self.dataset.templates])
+        self.drawn = Drawn(self.dataset, seed=train.seed + (0 if augment else 1), texts=texts)
+        self.workers = train.workers
+        self.draws: Callable[[int], Draws] = lambda start: Draws(
+            len(self.dataset),
+            size // accelerator.num_processes,
+            seed=train.seed + (0 if augment else 1),
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            start=start,
+            groups=self.dataset.groups if isinstance(self.dataset, TarPairs) else None,
+        )
+        self.batches_an_epoch = self.draws(0).batches_an_epoch
+        self.seen, self.broken, self.listed = 0, [], 0
+
+    @property
+    def batches(self) -> Batches:
+        def from_number(start: int) -> Iterator[dict[str, Any]]:
+            for batch in loader(self.drawn, self.draws(start), workers=self.workers):
+                self.seen += len(batch["id"])
+                self.broken += batch.pop("broken")
+                yield batch
+
+        return from_number
+
+    def check_broken(self, folder: Path) -> None:
+        """List new ones; raise when there are too many."""
+        if len(self.broken) > self.listed:
+            with open(folder / "broken.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(f"{message}\n" for message in self.broken[self.listed :])
+            self.listed = len(self.broken)
+        if len(self.broken) > max(BROKEN_LEAST, BROKEN_SHARE * self.seen):
+            raise RuntimeError(
+                f"finetune: expected at most {BROKEN_SHARE:.0%} of the samples to be broken, got {len(self.broken)} of {self.seen}, the "
+                f"first {self.broken[0]}. See {folder / 'broken.txt'}."
+            )
+
+
+def _teacher(config: Config, loaded: Model) -> Teacher:
+    """Made before anything is frozen or adapted."""
+    if config.method.cache is not None:
+        cache = EmbeddingCache.open(config.method.cache, teacher=Teacher(loaded.model, encode))
+        return Teacher.cached(cache, preprocessing=loaded.transform, tokenizer=loaded.tokenizer)
+    return Teacher(loaded.model, encode)
+
+
+def _settings(config: Config, target: _Stream) -> Settings:
+    shared = {field.name for field in dataclasses.fields(Settings)} & {field.name for field in dataclasses.fields(config.train)}
+    values = {name: getattr(config.train, name) for name in shared - {"steps"}}
+    return Settings(steps=config.train.steps or (config.train.epochs or 0) * target.batches_an_epoch, **values)
+
+
+def _claim(config: Config, accelerator: Accelerator) -> None:
+    """The run's folder, for this configuration alone."""
+    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    file = config.output / "config.json"
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if differing := _differing(before, resolved):
+            name, old, new = differing
+            raise ValueError(
+                f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. Use the same configuration, or "
+                "another output folder."
+            )
+        return
+    accelerator.wait_for_everyone()  # no process writes before all have looked
+    if accelerator.is_main_process:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_file(config.output / "environment.json", (json.dumps(_environment(), indent=1) + "\n").encode())
+        write_file(file, (json.dumps(resolved, indent=1) + "\n").encode())
+    accelerator.wait_for_everyone()
+
+
+def _differing(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first value, by its dotted name, in which two configurations differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if found := _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return None
+    return None if before == now else (name, before, now)
+
+
+def _environment() -> dict[str, Any]:
+    """Versions of packages and of the code."""
+    packages = ("geomreg", "torch", "open_clip_torch", "accelerate", "torchvision", "peft")
+    installed = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    commit = None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["git", "describe", "--always", "--dirty"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent, check=False)
+        commit = answer.stdout.strip() or None
+    return {"python": platform.python_version(), "packages": installed, "git": commit}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+class _Log:
+    """metrics.jsonl and a progress bar, by the main process."""
+
+    def __init__(self, folder: Path, steps: int, accelerator: Accelerator) -> None:
+        self.file, self.main = folder / "metrics.jsonl", accelerator.is_main_process
+        self.bar = tqdm(total=steps, unit="steps", disable=not self.main)
+        self.started = False
+
+    def add(self, entry: dict[str, float]) -> None:
+        if not self.main:
+            return
+        if not self.started:
+            self.started = True
+            kept = [line for line in self._lines() if json.loads(line)["step"] < entry["step"]]  # later ones are made again
+            write_file(self.file, "".join(f"{line}\n" for line in kept).encode())
+            self.bar.update(int(entry["step"]) - 1)
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.bar.update(1)
+        self.bar.set_postfix({key: f"{value:.3g}" for key, value in entry.items() if key != "step"}, refresh=False)
+
+    def _lines(self) -> list[str]:
+        """Whole lines: a kill may have cut the last."""
+        if not self.file.is_file():
+            return []
+        content = self.file.read_text(encoding="utf-8")
+        return content[: content.rfind("\n") + 1].splitlines()
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets: the run is then saved and ends."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread() or os.name == "nt":
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

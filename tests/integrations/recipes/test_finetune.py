@@ -1,0 +1,268 @@
+"""``geomreg finetune`` on small files of every kind: what is learned, kept, logged, resumed and exported."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes.cli import main
+from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, TermConfig, TrainConfig
+from geomreg.integrations.recipes.embed import Options, embed_data
+from geomreg.integrations.recipes.export import to_open_clip
+from geomreg.integrations.recipes.finetune import finetune_from
+from geomreg.integrations.recipes.models import Lora, ModelConfig
+
+CONFIGS = Path(__file__).parents[3] / "integrations" / "recipes" / "configs"
+DIVE = MethodConfig("dive", {"dive": TermConfig("DiVE", 300.0)})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty pictures as pairs in a table, in class folders, and in tar shards."""
+    folder = tmp_path_factory.mktemp("data")
+    generator, lines = np.random.default_rng(0), ["filepath\ttitle"]
+    (folder / "shards").mkdir()
+    for row in range(40):
+        path = folder / "classes" / ("owl", "red_fox")[row % 2] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (60, 50, 3), dtype=np.uint8)).save(path)
+        lines.append(f"{path.relative_to(folder)}\tpicture number {row}")
+        (folder / "caption").write_text(f"picture number {row}")
+        with tarfile.open(folder / "shards" / f"{row // 20:05d}.tar", "a") as tar:
+            tar.add(path, f"{row:04d}.png")
+            tar.add(folder / "caption", f"{row:04d}.txt")
+    (folder / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerate_state():
+    """accelerate keeps one state, and its precision, for the process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def config(data, output, *, method=DIVE, kind="csv", **changes):
+    train = {"steps": 4, "batch_size": 8, "learning_rate": 1e-4, "warmup_steps": 1, "workers": 0, "save_every": 2}
+    paths = {"csv": data / "pairs.tsv", "folder": data / "classes", "tar": data / "shards" / "*.tar"}
+    model = changes.pop("model", ModelConfig(str(model_folder())))
+    train = TrainConfig(**{**train, **changes})
+    reference = DataConfig("csv", str(data / "pairs.tsv")) if method.terms else None
+    return Config(model, DataConfig(kind, str(paths[kind])), train, output, method, reference, device="cpu")
+
+
+def weights(folder):
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return torch.cat([value.flatten().float() for value in model.state_dict().values()])
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+START = weights(model_folder())
+
+
+@pytest.mark.parametrize("kind", ["csv", "folder", "tar"])
+def test_every_kind_of_target(data, tmp_path, kind):
+    out = finetune_from(config(data, tmp_path / "run", kind=kind))
+    assert (weights(out) - START).norm() > 0.01
+    log = logged(tmp_path / "run")
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert log[0]["dive"] < 1e-9 < log[3]["dive"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+    }
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIGS / "method").iterdir()))
+def test_every_shipped_method_from_the_command_line(data, tmp_path, method):
+    arguments = [
+        "--config",
+        f"method/{method}",
+        "--model.name",
+        str(model_folder()),
+        "--target.kind",
+        "csv",
+        "--target.path",
+        str(data / "pairs.tsv"),
+    ]
+    if method != "flyp":
+        arguments += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
+    train = {"steps": 2, "batch_size": 8, "warmup_steps": 1, "workers": 0, "learning_rate": 1e-4}
+    arguments += [part for key, value in train.items() for part in (f"--train.{key}", str(value))]
+    assert main(["finetune", *arguments, "--output", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert resolved["method"]["name"] == method
+    assert (weights(tmp_path / "run" / "model") - START).norm() > 1e-3
+
+
+@pytest.mark.slow
+def test_methods_end_at_different_weights(data, tmp_path):
+    ends = {}
+    terms_of = {
+        "flyp": {},
+        "dive": DIVE.terms,
+        "fd": {"fd": TermConfig("FeatureDistillation", 300.0)},
+        "pvl": {"pvl": TermConfig("PairwiseVectorLoss", 300.0)},
+    }
+    for name, terms in terms_of.items():
+        ends[name] = weights(finetune_from(config(data, tmp_path / name, method=MethodConfig(name, terms), steps=6)))
+    names = list(ends)
+    for k, one in enumerate(names):
+        for other in names[:k]:
+            assert (ends[one] - ends[other]).norm() > 1e-4, (one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"chunk_size": 3}, {"unique_texts": True}])
+def test_savings_change_nothing(data, tmp_path, options):
+    ends = []
+    for name, changes in (("whole", {}), ("cheap", options)):
+        finetune_from(config(data, tmp_path / name, kind="folder", **changes))
+        ends.append([entry["loss"] for entry in logged(tmp_path / name)])
+    assert ends[0] == pytest.approx(ends[1], rel=5e-3)  # Adam amplifies rounding where gradients vanish
+
+
+@pytest.mark.slow
+def test_cached_teacher_is_the_frozen_one(data, tmp_path):
+    embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+    cached = dataclasses.replace(DIVE, teacher="cached", cache=tmp_path / "cache")
+    one, two = (logged_after(data, tmp_path / name, method) for name, method in (("frozen", DIVE), ("cached", cached)))
+    for first, second in zip(one, two, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=5e-3)
+    finetune_from(config(data, tmp_path / "moved"))
+    with pytest.raises(ValueError, match="to be built with weights"):
+        finetune_from(config(data, tmp_path / "wrong", method=cached, model=ModelConfig(str(tmp_path / "moved" / "model"))))
+
+
+def logged_after(data, output, method):
+    finetune_from(config(data, output, method=method))
+    return logged(output)
+
+
+def test_adapters_are_merged_in_the_export(data, tmp_path):
+    method = dataclasses.replace(DIVE, teacher="adapters_off")
+    vit = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 1}
+    text = {"context_length": 10, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1}
+    torch.manual_seed(0)
+    plain = open_clip.CLIP(16, vit, text)
+    described = {
+        "model_cfg": {"embed_dim": 16, "vision_cfg": vit, "text_cfg": text},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    folder = to_open_clip(plain, described, tmp_path / "vit")
+    model = ModelConfig(str(folder), lora=Lora(rank=2), logit_scale="frozen")
+    out = finetune_from(config(data, tmp_path / "run", method=method, model=model, learning_rate=1e-2))
+    before, after = (open_clip.create_model_and_transforms(f"local-dir:{one}")[0].state_dict() for one in (folder, out))
+    assert before.keys() == after.keys()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved
+    assert all("c_fc.weight" in key or "c_proj.weight" in key for key in moved)
+
+
+@pytest.mark.parametrize("model", [{"max_logit_scale": 50.0}, {"logit_scale": "frozen"}, {"frozen": ("text",)}])
+def test_parts_of_the_model(data, tmp_path, model):
+    out = finetune_from(config(data, tmp_path / "run", model=ModelConfig(str(model_folder()), **model)))
+    before, after = (open_clip.create_model_and_transforms(f"local-dir:{one}")[0] for one in (model_folder(), out))
+    if "max_logit_scale" in model:
+        assert after.logit_scale.exp().item() <= 50.01
+    elif "logit_scale" in model:
+        assert torch.equal(before.logit_scale, after.logit_scale)
+    else:
+        assert torch.equal(before.token_embedding.weight, after.token_embedding.weight)
+
+
+# going on
+
+
+def killed(one):
+    torch.set_num_threads(1)
+    finetune_from(one)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bitwise_the_same(data, tmp_path):
+    """With chunks, adaptive crops, templates and two data sets."""
+    options = {"kind": "folder", "steps": 10, "chunk_size": 3, "save_every": 1}
+    whole = finetune_from(config(data, tmp_path / "whole", **options))
+    kills = 0
+    for attempt in range(40):
+        process = multiprocessing.get_context("fork").Process(target=killed, args=(config(data, tmp_path / "run", **options),))
+        process.start()
+        process.join(1.2 + 0.17 * (attempt % 7))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 1
+    assert (tmp_path / "run" / "model" / "open_clip_model.safetensors").read_bytes() == (whole / "open_clip_model.safetensors").read_bytes()
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+def test_other_configuration_is_refused(data, tmp_path):
+    finetune_from(config(data, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"to go on with train.learning_rate 0.0001, got 0.0002"):
+        finetune_from(config(data, tmp_path / "run", learning_rate=2e-4))
+    finetune_from(config(data, tmp_path / "run"))  # nothing left to do
+
+
+# what is wrong
+
+
+def test_broken_samples(data, tmp_path):
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    (broken / "classes" / "owl" / "0.png").write_bytes(b"x")
+    finetune_from(config(broken, tmp_path / "run"))
+    assert "0.png: not an image" in (tmp_path / "run" / "broken.txt").read_text()
+    for row in range(2, 20, 2):
+        (broken / "classes" / "owl" / f"{row}.png").write_bytes(b"x")
+    with pytest.raises(RuntimeError, match="expected at most 1% of the samples to be broken, got"):
+        finetune_from(config(broken, tmp_path / "many", steps=8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "method/divee"], "got 'method/divee'. Did you mean method/dive"),
+        (["--trian.steps", "3"], "Did you mean --train.steps"),
+        (["--target.kind", "cvs"], "cvs"),
+        (["--train.epochs", "3"], "expected epochs or steps, got both"),
+        (["--config", "method/dive"], "got terms without reference data"),
+        (["--method.terms", '{"d": {"term": "Dive", "weight": 1}}'], "Dive"),
+        (["--model.name", "ViT-B-61"], "Did you mean 'ViT-B-16'"),
+        (["--target.options", '{"captionkey": "title"}'], "got 'captionkey'. Did you mean 'caption_key'"),
+        (["--train.batch_size", "41"], "expected at least 41 samples for a batch"),
+    ],
+)
+def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
+    given = ["--model.name", str(model_folder()), "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "1"]
+    given += ["--train.workers", "0", "--output", str(tmp_path / "run"), "--device", "cpu"]
+    if "--method.terms" in arguments:
+        given += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
+    with contextlib.suppress(SystemExit):  # of the parser
+        assert main(["finetune", *given, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()  # so that the mended command can use it
