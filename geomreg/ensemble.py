@@ -46,7 +46,8 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
         if end.is_floating_point():
             wide = torch.promote_types(at_least_fp32(end).dtype, pretrained[key].dtype)
             start = pretrained[key].detach().to(end.device, wide)
-            merged[key] = torch.lerp(start, end.detach().to(wide), float(alpha)).to(end.dtype)
+            stop = end.detach().to(wide)
+            merged[key] = torch.where(start == stop, stop, torch.lerp(start, stop, float(alpha))).to(end.dtype)  # masks hold -inf
         else:
             merged[key] = end.detach().clone()
     return merged

@@ -139,3 +139,10 @@ def test_sweep_is_lazy_and_in_order():
     assert list(rest) == [0.25, 1.0]
     assert torch.equal(rest[1.0]["0.weight"], after["0.weight"])
     torch.testing.assert_close(rest[0.25]["0.weight"], 0.75 * before["0.weight"] + 0.25 * after["0.weight"])
+
+
+def test_masks_with_infinities_stay():
+    mask = torch.full((2, 2), float("-inf")).triu(1)
+    found = interpolate({"mask": mask, "w": torch.zeros(1)}, {"mask": mask, "w": torch.ones(1)}, 0.5)
+    assert torch.equal(found["mask"], mask)
+    assert found["w"] == 0.5

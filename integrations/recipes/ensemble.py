@@ -1,0 +1,46 @@
+"""``geomreg ensemble``: weights between a model and its fine-tuned self (WiSE-FT)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from geomreg.checks import check_fraction
+from geomreg.ensemble import interpolate
+from geomreg.integrations.recipes.export import to_open_clip
+from geomreg.integrations.recipes.models import load
+
+__all__ = ["EnsembleOptions", "ensemble"]
+
+
+@dataclass(frozen=True)
+class EnsembleOptions:
+    """Options of ``geomreg ensemble``.
+
+    Args:
+        base: name of the open_clip model that was fine-tuned, or its folder.
+        finetuned: folder of the fine-tuned model, as ``geomreg finetune`` writes it.
+        output: folder of the ensembles; each becomes ``alpha-0.50``, say, in open_clip's layout.
+        pretrained: tag or file of the base model's weights; not for a folder.
+        alpha: shares of the fine-tuned weights.
+    """
+
+    base: str
+    finetuned: Path
+    output: Path
+    pretrained: str | None = None
+    alpha: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        for value in self.alpha:
+            check_fraction("ensemble", "alpha", value)
+
+
+def ensemble(options: EnsembleOptions) -> list[Path]:
+    """Write (1 - alpha) * base + alpha * fine-tuned for each alpha (arXiv 2109.01903); returns the folders."""
+    base, finetuned = load(options.base, options.pretrained), load(str(options.finetuned))
+    start, end = ({key: value.clone() for key, value in one.model.state_dict().items()} for one in (base, finetuned))
+    folders = []
+    for alpha in options.alpha:
+        finetuned.model.load_state_dict(interpolate(start, end, alpha))
+        folders.append(to_open_clip(finetuned.model, finetuned.config, options.output / f"alpha-{alpha:.2f}"))
+        print(folders[-1])
+    return folders
