@@ -103,6 +103,7 @@ class TrainConfig:
         seed: of order, crops, templates and dropout.
         workers: processes that load samples, for each of the two data sets.
         save_every: optimizer steps between checkpoints.
+        evaluate_every: optimizer steps between evaluations; None: at the end alone.
     """
 
     epochs: int | None = None
@@ -122,12 +123,13 @@ class TrainConfig:
     seed: int = 0
     workers: int = 4
     save_every: int = 500
+    evaluate_every: int | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             got = "neither" if self.epochs is None else "both"
             raise ValueError(f"TrainConfig: expected epochs or steps, got {got}. Set one of train.epochs and train.steps.")
-        for option in ("epochs", "steps", "reference_batch_size"):
+        for option in ("epochs", "steps", "reference_batch_size", "evaluate_every"):
             if getattr(self, option) is not None:
                 check_count("TrainConfig", option, getattr(self, option), 1)
         for option, least in (("batch_size", 1), ("save_every", 1), ("seed", 0), ("workers", 0)):
@@ -145,6 +147,8 @@ class Config:
         output: folder of the run; one that is there goes on.
         method: what is kept.
         reference: generic pairs whose geometry should stay, if the method has terms.
+        evaluation: labelled data sets by name, whose zero-shot accuracy is written to evaluation.jsonl.
+        best: the one of them by which the best model so far is kept in the folder ``best``.
         device: ``auto`` takes a GPU if there is one; or ``cpu``.
     """
 
@@ -154,6 +158,8 @@ class Config:
     output: Path
     method: MethodConfig = field(default_factory=MethodConfig)
     reference: DataConfig | None = None
+    evaluation: dict[str, DataConfig] = field(default_factory=dict)
+    best: str | None = None
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
@@ -162,6 +168,14 @@ class Config:
             raise ValueError(f"Config: expected reference data for the method's terms, got {got} ({self.method.name}). Set both or none.")
         if (self.method.teacher == "cached") != (self.method.cache is not None):
             raise ValueError("Config: expected method.cache with method.teacher=cached, got one without the other. Set both or none.")
+        for name, data in self.evaluation.items():
+            if "templates" not in inspect.signature(READERS[data.kind]).parameters:
+                raise ValueError(
+                    f"Config: expected labelled data for the evaluation {name}, got {data.kind}. Use folder, iwildcam or fmow."
+                )
+        if self.best is not None and self.best not in self.evaluation:
+            known = ", ".join(self.evaluation) or "none"
+            raise ValueError(f"Config: expected best as the name of an evaluation, got {self.best!r}. There are {known}.")
         if self.method.teacher == "adapters_off" and self.model.lora is None:
             raise ValueError("Config: expected model.lora with method.teacher=adapters_off, got none. Set it, or use teacher=frozen.")
 

@@ -1,14 +1,18 @@
 """Zero-shot evaluation of an open_clip model: class heads from templates, and which samples are right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.data import collate
 
-__all__ = ["accuracy", "correct", "embed_images", "zero_shot_head"]
+__all__ = ["accuracy", "correct", "embed_images", "evaluate", "zero_shot_head"]
 
 
 @torch.no_grad()
@@ -35,3 +39,53 @@ def correct(model: nn.Module, images: Tensor, labels: Tensor, head: Tensor) -> T
 def accuracy(right: Sequence[bool] | Tensor) -> float:
     """Share of true values in per cent."""
     return 100.0 * torch.as_tensor(right).double().mean().item()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: Any, tokenizer: Callable[..., Tensor], *, batch_size: int = 256, workers: int = 0
+) -> dict[str, float]:
+    """Zero-shot accuracy on a labelled data set, in evaluation mode; the model's mode is restored.
+
+    Args:
+        model: open_clip model.
+        dataset: with ``class_texts(template)``, ``templates``, samples of ``image`` and ``label``, and maybe ``groups``.
+        tokenizer: the model's.
+        batch_size: images at a time.
+        workers: loading processes.
+
+    Returns:
+        ``accuracy``, per class averaged ``class_average``, both in per cent, ``broken``, the number of samples left out, and with groups
+        the least accuracy of one, ``worst_group`` (WILDS).
+    """
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        head = zero_shot_head(model, torch.stack([tokenizer(dataset.class_texts(template)) for template in dataset.templates]))
+        right, labels, groups, broken = [], [], [], 0
+        rows = [list(range(k, min(k + batch_size, len(dataset)))) for k in range(0, len(dataset), batch_size)]
+        for batch in DataLoader(dataset, batch_sampler=rows, num_workers=workers, collate_fn=collate, generator=torch.Generator()):
+            broken += len(batch["broken"])
+            if batch["id"]:
+                image = embed(model, images=batch["image"].to(device)).image
+                right.append(((image @ head.T).argmax(dim=1).cpu() == batch["label"]).double() if image is not None else torch.zeros(0))
+                labels.append(batch["label"])
+                groups.append(batch.get("group", torch.zeros(len(batch["label"]), dtype=torch.long)))
+    finally:
+        model.train(training)
+    if not right:
+        raise RuntimeError(f"evaluate: expected samples that can be read, got {broken} broken ones. Look at the data set.")
+    score = torch.cat(right).numpy()
+    found = {
+        "accuracy": 100 * score.mean(),
+        "class_average": 100 * np.mean(_means(score, torch.cat(labels).numpy())),
+        "broken": float(broken),
+    }
+    if getattr(dataset, "groups", None) is not None:
+        found["worst_group"] = 100 * min(_means(score, torch.cat(groups).numpy()))
+    return {key: float(value) for key, value in found.items()}
+
+
+def _means(score: Any, of: Any) -> list[float]:
+    """Mean score for each value of ``of``."""
+    return [score[of == one].mean() for one in np.unique(of)]

@@ -1,5 +1,6 @@
 """``geomreg finetune``: a run from its configuration to an exported model."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -26,6 +27,7 @@ from geomreg.compose import WeightedSum
 from geomreg.integrations.recipes.config import READERS, Config, DataConfig, TermConfig, check_options
 from geomreg.integrations.recipes.data import TarPairs
 from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
+from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, freeze, load, merge_adapters
 from geomreg.integrations.recipes.train import Batches, Checkpoints, Settings, encode, finetune
@@ -40,8 +42,8 @@ BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a ru
 def finetune_from(config: Config) -> Path:
     """Fine-tune a CLIP model as configured; an interrupted run with the same configuration goes on. Returns the exported model's folder.
 
-    The run's folder holds config.json (resolved), environment.json, metrics.jsonl, checkpoints, broken.txt if samples could not be read,
-    and the final model in open_clip's layout, adapters merged.
+    The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, broken.txt if samples
+    could not be read, and in open_clip's layout, adapters merged, the final model in ``model`` and the best in ``best``.
 
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.
@@ -61,12 +63,14 @@ def finetune_from(config: Config) -> Path:
     reference = None if config.reference is None else _Stream(config.reference, loaded, config, accelerator, augment=False)
     target = _Stream(config.target, loaded, config, accelerator, augment=True)
     settings = _settings(config, target)
+    evaluation = _Evaluation(config, loaded, settings.steps, accelerator)
     _claim(config, accelerator)
     log = _Log(config.output, settings.steps, accelerator)
 
     def on_step(entry: dict[str, float]) -> None:
         clamp_logit_scale(model, config.model.max_logit_scale)
         log.add(entry)
+        evaluation.after(int(entry["step"]))
         for stream in (target, reference):
             if stream is not None:
                 stream.check_broken(config.output)
@@ -240,6 +244,33 @@ def _is_installed(name: str) -> bool:
     return True
 
 
+class _Evaluation:
+    """Zero-shot accuracy on the configured data sets now and then, and the best model; by the main process."""
+
+    def __init__(self, config: Config, loaded: Model, steps: int, accelerator: Accelerator) -> None:
+        self.config, self.loaded, self.steps, self.accelerator = config, loaded, steps, accelerator
+        self.every = config.train.evaluate_every or steps
+        self.file = config.output / "evaluation.jsonl"
+        self.data = {}
+        for name, data in config.evaluation.items():
+            options = {key: tuple(value) if isinstance(value, list) else value for key, value in data.options.items()}
+            self.data[name] = READERS[data.kind](data.path, transform=loaded.transform, modalities=("image",), **options)
+
+    def after(self, step: int) -> None:
+        """Evaluate, if it is time."""
+        if not self.data or (step % self.every and step != self.steps):
+            return
+        if self.accelerator.is_main_process:
+            workers = self.config.train.workers
+            found = {name: evaluate(self.loaded.model, data, self.loaded.tokenizer, workers=workers) for name, data in self.data.items()}
+            before = [entry for entry in map(json.loads, _whole_lines(self.file)) if entry["step"] < step]
+            if (name := self.config.best) is not None and all(found[name]["accuracy"] > entry[name]["accuracy"] for entry in before):
+                to_open_clip(merge_adapters(copy.deepcopy(self.loaded.model)), self.loaded.config, self.config.output / "best")
+            lines = [json.dumps(entry) for entry in [*before, {"step": step, **found}]]
+            write_file(self.file, "".join(f"{line}\n" for line in lines).encode())
+        self.accelerator.wait_for_everyone()
+
+
 class _Log:
     """metrics.jsonl and a progress bar, by the main process."""
 
@@ -253,7 +284,7 @@ class _Log:
             return
         if not self.started:
             self.started = True
-            kept = [line for line in self._lines() if json.loads(line)["step"] < entry["step"]]  # later ones are made again
+            kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] < entry["step"]]  # later ones are made again
             write_file(self.file, "".join(f"{line}\n" for line in kept).encode())
             self.bar.update(int(entry["step"]) - 1)
         with open(self.file, "a", encoding="utf-8") as file:
@@ -261,12 +292,11 @@ class _Log:
         self.bar.update(1)
         self.bar.set_postfix({key: f"{value:.3g}" for key, value in entry.items() if key != "step"}, refresh=False)
 
-    def _lines(self) -> list[str]:
-        """Whole lines: a kill may have cut the last."""
-        if not self.file.is_file():
-            return []
-        content = self.file.read_text(encoding="utf-8")
-        return content[: content.rfind("\n") + 1].splitlines()
+
+def _whole_lines(file: Path) -> list[str]:
+    """Of a text file that may not be there: a kill may have cut the last."""
+    content = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return content[: content.rfind("\n") + 1].splitlines()
 
 
 @contextmanager

@@ -18,10 +18,12 @@ from PIL import Image
 from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, TermConfig, TrainConfig
+from geomreg.integrations.recipes.data import LabelledFolder
 from geomreg.integrations.recipes.embed import Options, embed_data
+from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.finetune import finetune_from
-from geomreg.integrations.recipes.models import Lora, ModelConfig
+from geomreg.integrations.recipes.models import Lora, ModelConfig, load
 
 CONFIGS = Path(__file__).parents[3] / "integrations" / "recipes" / "configs"
 DIVE = MethodConfig("dive", {"dive": TermConfig("DiVE", 300.0)})
@@ -57,9 +59,10 @@ def config(data, output, *, method=DIVE, kind="csv", **changes):
     train = {"steps": 4, "batch_size": 8, "learning_rate": 1e-4, "warmup_steps": 1, "workers": 0, "save_every": 2}
     paths = {"csv": data / "pairs.tsv", "folder": data / "classes", "tar": data / "shards" / "*.tar"}
     model = changes.pop("model", ModelConfig(str(model_folder())))
+    others = {key: changes.pop(key) for key in ("evaluation", "best") if key in changes}
     train = TrainConfig(**{**train, **changes})
     reference = DataConfig("csv", str(data / "pairs.tsv")) if method.terms else None
-    return Config(model, DataConfig(kind, str(paths[kind])), train, output, method, reference, device="cpu")
+    return Config(model, DataConfig(kind, str(paths[kind])), train, output, method, reference, device="cpu", **others)
 
 
 def weights(folder):
@@ -190,6 +193,66 @@ def test_parts_of_the_model(data, tmp_path, model):
         assert torch.equal(before.token_embedding.weight, after.token_embedding.weight)
 
 
+# evaluation
+
+
+def test_evaluation_and_the_best_model(data, tmp_path):
+    evaluation = {
+        "id": DataConfig("folder", str(data / "classes")),
+        "shift": DataConfig("folder", str(data / "classes"), {"templates": ["{}"]}),
+    }
+    options = {"kind": "folder", "evaluation": evaluation, "best": "id", "evaluate_every": 3, "steps": 8, "learning_rate": 1e-3}
+    out = finetune_from(config(data, tmp_path / "run", **options))
+    found = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in found] == [3, 6, 8]
+    assert all(0 <= entry[name]["accuracy"] <= 100 for entry in found for name in evaluation)
+    assert found[0]["id"] != found[0]["shift"] or found[1]["id"] != found[1]["shift"]
+    best = load(str(tmp_path / "run" / "best"))
+    measured = evaluate(best.model, LabelledFolder(data / "classes", transform=best.transform), best.tokenizer)
+    assert measured == pytest.approx(max((entry["id"] for entry in found), key=lambda one: one["accuracy"]))
+    final = load(str(out))
+    assert evaluate(final.model, LabelledFolder(data / "classes", transform=final.transform), final.tokenizer) == pytest.approx(
+        found[-1]["id"]
+    )
+    plain = finetune_from(config(data, tmp_path / "plain", **{key: options[key] for key in ("kind", "steps", "learning_rate")}))
+    assert torch.equal(weights(out), weights(plain))  # looking changes nothing
+
+
+def test_evaluation_by_hand(data):
+    """Against a loop over single pictures; groups and broken samples counted."""
+
+    class Grouped(LabelledFolder):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.groups = np.arange(len(self)) % 3
+
+        def __getitem__(self, row):
+            return {"id": "x", "broken": "x"} if row == 5 else super().__getitem__(row) | {"group": int(self.groups[row])}
+
+    loaded = load(str(model_folder()))
+    dataset = Grouped(data / "classes", transform=loaded.transform, templates=("a {}.", "{}"))
+    found = evaluate(loaded.model.train(), dataset, loaded.tokenizer, batch_size=7)
+    assert loaded.model.training
+    loaded.model.eval()
+    with torch.no_grad():
+        texts = [loaded.model.encode_text(loaded.tokenizer(dataset.class_texts(one)), normalize=True) for one in dataset.templates]
+        head = torch.nn.functional.normalize(sum(texts), dim=1)
+        right = {}
+        for row in range(len(dataset)):
+            if row != 5:
+                image = loaded.model.encode_image(dataset[row]["image"][None], normalize=True)
+                right[row] = float((image @ head.T).argmax() == dataset.labels[row])
+
+    def mean(rows):
+        return 100 * sum(right[row] for row in rows) / len(rows)
+
+    classes = [[row for row in right if dataset.labels[row] == label] for label in range(2)]
+    assert found["accuracy"] == pytest.approx(mean(list(right)))
+    assert found["class_average"] == pytest.approx(sum(map(mean, classes)) / 2)
+    assert found["worst_group"] == pytest.approx(min(mean([row for row in right if row % 3 == group]) for group in range(3)))
+    assert found["broken"] == 1
+
+
 # going on
 
 
@@ -252,6 +315,8 @@ def test_broken_samples(data, tmp_path):
         (["--method.terms", '{"d": {"term": "Dive", "weight": 1}}'], "Dive"),
         (["--model.name", "ViT-B-61"], "Did you mean 'ViT-B-16'"),
         (["--target.options", '{"captionkey": "title"}'], "got 'captionkey'. Did you mean 'caption_key'"),
+        (["--best", "id"], "expected best as the name of an evaluation, got 'id'. There are none"),
+        (["--evaluation", '{"id": {"kind": "csv", "path": "x"}}'], "expected labelled data for the evaluation id, got csv"),
         (["--train.batch_size", "41"], "expected at least 41 samples for a batch"),
     ],
 )
