@@ -19,6 +19,7 @@ from geomreg.cache_build import (
     Source,
     TableBuild,
     agreed,
+    check_alike,
     check_together,
     compare,
     described_view,
@@ -31,6 +32,7 @@ from geomreg.cache_build import (
     publish,
     published,
     rank_of_process,
+    tidy,
 )
 from geomreg.checks import check_count, check_positive
 from geomreg.shards import Shard, Table, id_hashes
@@ -127,12 +129,16 @@ class EmbeddingCache:
             ValueError: ids that are not in the cache.
             RuntimeError: damaged files, found at the first touch of each block of rows.
         """
-        if isinstance(ids, (str, bytes)):
-            raise TypeError(f"EmbeddingCache: expected a list of sample ids, got {ids!r}. Write [{ids!r}].")
+        if isinstance(ids, (str, bytes)) or (isinstance(ids, Tensor) and ids.ndim != 1):
+            raise TypeError(f"EmbeddingCache: expected a list of sample ids, got {ids!r}. Pass B of them.")
         known = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         hashes = id_hashes("EmbeddingCache", known)
         found: dict[str, Tensor] = {}
         for modality in self._tables if modalities is None else modalities:
+            if modality not in self._tables:
+                raise ValueError(
+                    f"EmbeddingCache: expected modalities among {', '.join(self._tables)}, got {modality!r}. Build it, or leave it out."
+                )
             table = self._tables[modality]
             rows = table.find(hashes)
             if (absent := np.flatnonzero(rows < 0)).size:
@@ -194,8 +200,8 @@ class EmbeddingCache:
                     f"{self._tables[modality].folder} and build again."
                 )
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return EmbeddingCache.open, (self.path,)  # in a worker: files are opened there
+    def __reduce__(self) -> tuple[Any, tuple[Path, dict[str, str]]]:
+        return _opened_again, (self.path, {modality: table.folder.name for modality, table in self._tables.items()})  # in a worker, say
 
     def __repr__(self) -> str:
         tables = (f"{m}: {len(t)} x {t.description['width']} {t.description['dtype']}" for m, t in self._tables.items())
@@ -271,13 +277,18 @@ class EmbeddingCache:
                     for modality, fingerprint in source.fingerprints(modalities_of(probe)).items()
                 ]
                 check_together(path, {one.modality: one.description["fingerprint"] for one in builds})
+                check_alike(builds)
             names, numbers = {}, []
             with agreed():
                 if rank_of_process() == 0:
-                    held.enter_context(locked(path))
+                    writable = held.enter_context(locked(path))
                     todo = [one for one in builds if not one.finished(probe)]
+                    if todo and not writable:
+                        raise OSError(f"{name}: expected a folder that can be written, got {path}: {todo[0].modality} is to be built anew.")
                     for one in todo:
-                        one.prepare()
+                        one.prepare(probe)
+                    if writable:
+                        tidy(path)
                     names, numbers = {one.modality: one.name for one in todo}, missing_shards(todo, probe) if todo else []
             names, numbers = from_first_process((names, numbers))
             todo = [one for one in builds if one.modality in names]
@@ -289,5 +300,14 @@ class EmbeddingCache:
                 with agreed():
                     if rank_of_process() == 0:
                         publish(path, todo)
+                        tidy(path)
             with agreed():
                 return cls.open(path)
+
+
+def _opened_again(path: Path, folders: dict[str, str]) -> EmbeddingCache:
+    if (now := published(path)) != folders:
+        raise RuntimeError(
+            f"EmbeddingCache: expected the tables {sorted(folders.values())} in {path}, got {sorted(now.values())}: it was built anew."
+        )
+    return EmbeddingCache.open(path)

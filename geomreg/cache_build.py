@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ __all__ = [
     "Source",
     "TableBuild",
     "agreed",
+    "check_alike",
     "check_together",
     "compare",
     "described_view",
@@ -47,6 +49,7 @@ __all__ = [
     "publish",
     "published",
     "rank_of_process",
+    "tidy",
 ]
 
 try:
@@ -58,6 +61,8 @@ MANIFEST = "cache.json"
 VIEW = {"image": "preprocessing", "text": "tokenizer"}  # the part of a fingerprint that says how samples are seen
 BF16 = "bf16 puts 53 % error on the average vector loss at a drift of 0.3 %; project and normalise in fp32 (integrations.open_clip.embed)."
 _TEXTS = ("A photo of 2 cats.", "Ärger, naïve; 猫 🙂", "<tag> & it's  CamelCase\n", "a word " * 200)
+_LEFT_OUT = 1000  # samples without a row that are looked at again
+_FAILED = ".failed"  # says to the other processes what went wrong in one
 _PROBE = 64  # samples that are loaded twice before anything is built; every fourth is embedded
 TOLERANCE = 1e-3  # of embeddings that count as the same, relative to their norm: above fp16's rounding
 
@@ -231,6 +236,7 @@ class TableBuild:
     def __init__(self, path: Path, description: dict[str, Any], source: Source, name: str = "") -> None:
         self.path, self.modality, self.description, self.source = path, description["modality"], description, source
         self.name = name
+        self.again: set[int] = set()  # shards of a published table in which samples can be read that could not be
         self.numbers = range(-(-source.length // description["shard_rows"]))
 
     @property
@@ -260,9 +266,17 @@ class TableBuild:
             self.name = other if current == self.name else self.name  # other samples, encode or precision: beside the old one
             return False
         self.name = current
-        return True
+        self.again = self._readable_now(table) if table.description.get("skipped") else set()
+        return not self.again
 
-    def prepare(self) -> None:
+    def _readable_now(self, table: Table) -> set[int]:
+        """Shards with samples that were left out and can be read now."""
+        if self.source.ids is None:
+            return set()
+        left_out = np.flatnonzero(table.find(id_hashes(self.source.name, self.source.ids)) < 0)[:_LEFT_OUT].tolist()
+        return {row // self.description["shard_rows"] for row in left_out if len(self.source.batch([row])["id"])}
+
+    def prepare(self, probe: tuple[list[Any], Embeddings]) -> None:
         """A folder to work in: new, or with the shards of a former try that are still right."""
         if self.folder.is_dir():  # damaged, or not published before a kill
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -270,9 +284,11 @@ class TableBuild:
         self.partial.mkdir(exist_ok=True)
         for temporary in self.partial.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
+        for number in self.again:
+            (self.partial / shard_name(number)).unlink(missing_ok=True)
         for number in self.numbers:
             file = self.partial / shard_name(number)
-            if file.exists() and not self._still_right(number):
+            if file.exists() and not self._still_right(number, probe):
                 warnings.warn(
                     f"{self.source.name}: {self.partial.name} is of other samples or another encode: it is made anew", stacklevel=4
                 )
@@ -280,25 +296,34 @@ class TableBuild:
                 self.partial.mkdir()
                 return
 
-    def _still_right(self, number: int) -> bool:
-        """The first sample of a shard is stored as the teacher sees it now; a shard that cannot be read is removed."""
+    def _still_right(self, number: int, probe: tuple[list[Any], Embeddings]) -> bool:
+        """The first sample of a shard, and those of the probe in it, are stored as the teacher sees them now; a shard that cannot be read
+        is removed."""
         try:
             shard = Shard(self.partial, number)
             hashes = shard.hashes()
             shard.ids()  # raises if damaged
-            ids, embeddings = self.source.encoded(self.source.batch([number * self.description["shard_rows"]]))
-            at = np.flatnonzero(np.isin(hashes, id_hashes(self.source.name, ids)))
-            if not ids or not len(shard):
+            if not len(shard):
                 return True
-            stored = np.empty((len(at), shard.width), dtype=DTYPES[shard.dtype])
-            if len(at):
-                shard.read(at, stored, np.arange(len(at)))
+            first = self.source.encoded(self.source.batch([number * self.description["shard_rows"]]))
+            for (ids, embeddings), all_there in ((first, True), (probe, False)):
+                wanted = id_hashes(self.source.name, ids)
+                order = np.argsort(hashes)
+                at = order[np.minimum(np.searchsorted(hashes[order], wanted), len(order) - 1)]
+                here = hashes[at] == wanted
+                if all_there and not here.all():
+                    return False
+                if not here.any():
+                    continue
+                rows = np.sort(at[here])
+                stored = np.empty((len(rows), shard.width), dtype=DTYPES[shard.dtype])
+                shard.read(rows, stored, np.arange(len(rows)))
+                new = getattr(embeddings, self.modality)[torch.from_numpy(here)][torch.from_numpy(np.argsort(at[here]))]
+                if largest_difference(torch.from_numpy(stored).float(), new)[0] > TOLERANCE:
+                    return False
         except RuntimeError:
             (self.partial / shard_name(number)).unlink()
-            return True
-        return (
-            len(at) == len(ids) and largest_difference(torch.from_numpy(stored).float(), getattr(embeddings, self.modality))[0] <= TOLERANCE
-        )
+        return True
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there yet."""
@@ -334,6 +359,41 @@ def publish(path: Path, done: list[TableBuild]) -> None:
         warnings.warn(f"{source.name}: {skipped} of {source.length} samples could not be read and have no row", stacklevel=3)
 
 
+def tidy(path: Path) -> None:
+    """Remove what a kill left behind: tables that are not listed, files that were not finished."""
+    listed = set(published(path).values())
+    for folder in [found for modality in Embeddings._fields for found in path.glob(f"{modality}-*")]:
+        if folder.name not in listed:
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in [*path.glob(".*.tmp"), path / _FAILED]:
+        file.unlink(missing_ok=True)
+
+
+def check_alike(builds: list[TableBuild]) -> None:
+    """Every process describes the tables alike."""
+    if not dist.is_initialized():
+        return
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, [one.description for one in builds])
+    for rank, described_there in enumerate(everywhere):
+        if described_there != everywhere[0]:
+            part, here, there = _first_difference(everywhere[0], described_there)
+            raise ValueError(
+                f"EmbeddingCache.build: expected all processes to build the same, got {part} {here!r} on rank 0 and {there!r} on "
+                f"rank {rank}. Give all of them the same teacher, data set and options."
+            )
+
+
+def _first_difference(one: Any, other: Any, part: str = "tables") -> tuple[str, Any, Any]:
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(part, a, b) for a, b in zip(one, other, strict=True)]
+    elif isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        pairs = [(key, one[key], other[key]) for key in one]
+    else:
+        return part, one, other
+    return next(_first_difference(a, b, name) for name, a, b in pairs if a != b)
+
+
 def missing_shards(todo: list[TableBuild], probe: tuple[list[Any], Embeddings]) -> list[int]:
     """Numbers of the shards to be made, if there is space for them."""
     _check_space(todo, probe[1])
@@ -343,7 +403,28 @@ def missing_shards(todo: list[TableBuild], probe: tuple[list[Any], Embeddings]) 
 def embed_missing(
     source: Source, todo: list[TableBuild], numbers: list[int], probe: tuple[list[Any], Embeddings], shard_rows: int, progress: bool
 ) -> None:
-    """Write this process's share of the missing shards."""
+    """Write this process's share of the missing shards, and wait for the others'."""
+    failed = todo[0].path / _FAILED
+    try:
+        _embed_share(source, todo, numbers, probe, shard_rows, progress)
+        while dist.is_initialized() and any(set(one.missing()) & set(numbers) for one in todo):
+            _check_failed(failed)
+            time.sleep(0.2)  # no collective: its time limit would end a build that only takes long
+    except Exception as error:
+        if dist.is_initialized() and not failed.exists():
+            with suppress(OSError):
+                failed.write_text(f"rank {rank_of_process()}: {error}", encoding="utf-8")
+        raise
+
+
+def _check_failed(failed: Path) -> None:
+    if failed.exists():
+        raise RuntimeError(f"EmbeddingCache.build: expected all processes to go on, got an error on {failed.read_text(encoding='utf-8')}")
+
+
+def _embed_share(
+    source: Source, todo: list[TableBuild], numbers: list[int], probe: tuple[list[Any], Embeddings], shard_rows: int, progress: bool
+) -> None:
     rank, ranks = rank_of_process(), dist.get_world_size() if dist.is_initialized() else 1
     numbers = numbers[rank::ranks]
     done = source.length // ranks - min(len(numbers) * shard_rows, source.length // ranks)
@@ -359,6 +440,8 @@ def embed_missing(
     with tqdm(total=done + sum(map(len, batches)), initial=done, unit="samples", desc="embedding", disable=not progress or rank > 0) as bar:
         for k, (of_batch, embeddings) in enumerate(source.embedded(batches)):
             ids += of_batch
+            if ranks > 1:
+                _check_failed(todo[0].path / _FAILED)
             for modality in parts if of_batch else ():
                 value = getattr(embeddings, modality)
                 if value is None or (unit[modality] and not _is_unit(value)):
@@ -414,30 +497,37 @@ def _check_space(todo: list[TableBuild], probe: Embeddings) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Within, no other process can build in this folder (where the system has file locks)."""
-    if fcntl is None:
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-        return
+def locked(path: Path) -> Iterator[bool]:
+    """Within, no other process can build in this folder (where the system has file locks); False where it cannot be written.
+
+    Raises:
+        RuntimeError: another process builds there.
+        OSError: a folder that cannot be written and holds no cache.
+    """
     file = path / ".lock"
     try:
         path.mkdir(parents=True, exist_ok=True)
         stream = open(file, "w", encoding="ascii")  # noqa: SIM115
     except OSError as error:
+        if (path / MANIFEST).is_file():
+            yield False
+            return
         raise OSError(
             f"EmbeddingCache.build: expected a folder that can be written, got {path} ({error.strerror}). Choose another path."
         ) from error
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise RuntimeError(
-                    f"EmbeddingCache.build: expected no other build in {path}, got one that is running. Wait for it."
-                ) from error
-        try:  # or a file system without locks
-            yield
+            if fcntl is not None:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(stream.fileno()).st_ino != file.stat().st_ino  # removed by one that has just finished
+        except FileNotFoundError:
+            taken = True
+        except OSError as error:  # other kinds: a file system without locks
+            taken = error.errno in (errno.EAGAIN, errno.EACCES)
+        if taken:
+            raise RuntimeError(f"EmbeddingCache.build: expected no other build in {path}, got one that is running. Wait for it.")
+        try:
+            yield True
         finally:
             file.unlink(missing_ok=True)
 

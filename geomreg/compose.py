@@ -1,6 +1,7 @@
 """Several terms as one regularizer."""
 
 from collections.abc import Iterable
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ class WeightedSum(nn.Module):
             weight: Tensor = self.balanced[name].weight  # type: ignore[assignment]
             return weight
         return self.numbers[name]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some term compares with a teacher; the others give it a default in their ``forward``."""
+        return any(signature(term.forward).parameters["teacher"].default is Parameter.empty for term in self.regularizers.values())
 
     @property
     def separable(self) -> bool:

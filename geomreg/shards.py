@@ -247,21 +247,27 @@ class Shard:
 
     def ids(self) -> list[Any]:
         """The ids, in the order of the rows."""
-        found: list[Any] = json.loads(self._checked("ids", 1).tobytes())
+        try:
+            found: list[Any] = json.loads(self._checked("ids", 1).tobytes())
+        except ValueError as error:
+            raise damaged(self.path, f"unreadable ids ({error})") from error
         return found
 
     def _checked(self, key: str, which: int) -> NDArray[Any]:
         value = self._array(key)
-        if zlib.crc32(value.tobytes()) != self._array("of_ids")[which]:
+        if len(self._array("of_ids")) != 2 or zlib.crc32(value.tobytes()) != self._array("of_ids")[which]:
             raise damaged(self.path, f"{key} with another checksum")
         return value
 
     def _array(self, key: str) -> NDArray[Any]:
-        entry = self._tensors[key]
-        start, end = entry["data_offsets"]
-        with open(self.path, "rb") as file:
-            file.seek(self._data + start)
-            return np.frombuffer(file.read(end - start), dtype=_NAMES[entry["dtype"]]).reshape(entry["shape"])
+        try:
+            entry = self._tensors[key]
+            start, end = entry["data_offsets"]
+            with open(self.path, "rb") as file:
+                file.seek(self._data + start)
+                return np.frombuffer(file.read(end - start), dtype=_NAMES[entry["dtype"]]).reshape(entry["shape"])
+        except (LookupError, ValueError, TypeError, OverflowError, OSError) as error:
+            raise damaged(self.path, f"no {key} in it ({error})") from error
 
     def read(self, rows: NDArray[np.int64], into: NDArray[Any], places: NDArray[np.int64]) -> None:
         """Copy ``rows``, which are sorted, to ``into[places]``."""

@@ -4,7 +4,7 @@ GradCache (Gao et al., 2021, arXiv 2101.06983) for any encoder and any loss on e
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +89,8 @@ def backward(
         (torch.Size([]), torch.Size([2, 4]))
     """
     check_count("backward", "chunk_size", chunk_size, 1)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("backward: expected to run outside of torch.inference_mode(), got it switched on. Leave it; no_grad is fine.")
     parameters = _declared(parameters)
     parts = _parts(encode, batch)
     chunks = [
@@ -202,11 +204,18 @@ def _chunked(batch: Any, chunk_size: int) -> Iterator[tuple[int, Any]]:
         if isinstance(batch, Tensor):
             yield start, batch[part]
         elif isinstance(batch, Mapping):
-            pieces_by_key = {key: value[part] for key, value in batch.items()}
-            yield start, pieces_by_key if type(batch) is dict else type(batch)(pieces_by_key)  # type: ignore[call-arg]
+            yield start, _like(batch, {key: value[part] for key, value in batch.items()})
         else:
             pieces = [value[part] for value in batch]
             yield start, type(batch)(*pieces) if hasattr(batch, "_fields") else type(batch)(pieces)
+
+
+def _like(batch: Any, pieces: dict[str, Tensor]) -> Any:
+    """In the mapping type of the batch, if it is made from a dict."""
+    if type(batch) is not dict:
+        with suppress(TypeError):
+            return type(batch)(pieces)
+    return pieces
 
 
 def _encoded(chunk: _Chunk) -> Embeddings:

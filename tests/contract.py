@@ -562,6 +562,7 @@ def separability(term: Term) -> None:
     chunks = (3 * part(slice(0, 3)) + 4 * part(slice(3, 7))) / 7
     assert torch.allclose(chunks, term.function(one), rtol=1e-9) == term.separable
     assert getattr(term.build(), "separable", False) == term.separable
+    assert geomreg.WeightedSum(term=(1.0, term.build())).needs_teacher == term.teacher
 
 
 def homogeneity(term: Term) -> None:

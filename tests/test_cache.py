@@ -808,6 +808,101 @@ def test_unreadable_samples_are_left_out_and_counted(tmp_path):
 # several processes ----------------------------------------------------------------------------------------------------
 
 
+def test_repaired_samples_get_their_rows(tmp_path):
+    """Where the ids are known: only the shards concerned are made anew."""
+
+    class Some(Pairs):
+        broken = (13, 14, 40)
+
+        def __getitem__(self, row):
+            return {"id": self.name(row), "broken": "x"} if row in self.broken else super().__getitem__(row)
+
+    def readable(samples):
+        kept = [one for one in samples if "broken" not in one]
+        return torch.utils.data.default_collate(kept) if kept else {"id": []}
+
+    model = Towers()
+    data, teacher = Some(ids=[f"sample {row}" for row in range(ROWS)]), Teacher(model, encode)
+    with pytest.warns(UserWarning, match="3 of 53 samples"):
+        built(tmp_path, data, teacher, collate_fn=readable)
+    before = state(tmp_path)
+    built(tmp_path, data, teacher, collate_fn=readable)
+    assert state(tmp_path) == before
+    data.broken = (40,)
+    model.seen.update(image=0)
+    with pytest.warns(UserWarning, match="1 of 53 samples"):
+        cache = built(tmp_path, data, teacher, collate_fn=readable)
+    assert model.seen["image"] <= SHARD + LOOK
+    assert "sample 13" in cache
+    assert "sample 40" not in cache
+    data.broken = ()
+    equal(built(tmp_path, data, teacher, collate_fn=readable), data, teacher)
+
+
+def test_leftovers_of_a_kill_go_away(tmp_path, monkeypatch):
+    built(tmp_path)
+    monkeypatch.setattr(cache_build.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    other = Teacher(Towers(1), encode)
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path, teacher=other)
+    monkeypatch.undo()
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 4
+    (tmp_path / ".cache.json.123.tmp").write_text("")
+    equal(built(tmp_path, teacher=other), Pairs(), other)
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["cache.json", "image", "text"]
+
+
+def test_finished_caches_in_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    teacher = Teacher(Towers(), encode)
+    built(tmp_path, teacher=teacher)
+    real = open
+
+    def read_only(file, mode="r", *arguments, **options):
+        if "w" in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(file, mode, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    equal(built(tmp_path, teacher=teacher), Pairs(), teacher)
+    with pytest.raises(OSError, match=r"expected a folder that can be written, got .*: image is to be built anew"):
+        built(tmp_path, teacher=Teacher(Towers(1), encode))
+
+
+def test_copies_of_a_cache_that_was_built_anew(tmp_path):
+    cache = built(tmp_path)
+    content = pickle.dumps(cache)
+    built(tmp_path, teacher=Teacher(Towers(1), encode))
+    with pytest.raises(RuntimeError, match=r"expected the tables .*: it was built anew"):
+        pickle.loads(content)
+
+
+def test_other_modalities_and_shapes(tmp_path):
+    cache = built(tmp_path, Pairs(name=int), Teacher(Towers(), encode_texts))
+    with pytest.raises(ValueError, match="expected modalities among text, got 'image'"):
+        cache([1], ("image",))
+    for bad in ("1", torch.tensor(1)):
+        with pytest.raises(TypeError, match="expected a list of sample ids"):
+            cache(bad)
+
+
+@given(st.floats(0, 0.2), st.integers(0, 7))
+@settings(max_examples=60)
+def test_flipped_bits_in_an_unfinished_build(pristine, place, bit):
+    """The shard is made anew, or was not changed where it matters."""
+    path = pristine.parent / "unfinished"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(pristine, path)
+    (path / "cache.json").unlink()
+    file = next(path.glob("image-*")) / shards.shard_name(1)
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    file.write_bytes(bytes(content))
+    teacher = Teacher(Towers(), encode)
+    cache = built(path, teacher=teacher)
+    equal(cache, Pairs(), teacher)
+    assert cache.ids() == range_of(Pairs())
+
+
 def build_on_rank(rank, folder):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -824,10 +919,17 @@ def build_on_rank(rank, folder):
                 sample = super().__getitem__(row)
                 return sample | ({"image": sample["image"] * float("nan")} if row == 13 else {})  # of rank 1, and not looked at before
 
-        try:
-            built(folder / "spoilt", Spoilt())
-        except Exception as error:
-            (folder / f"error {rank}").write_text(str(error))
+        others = {
+            "error": {"data": Spoilt()},
+            "weights": {"teacher": Teacher(Towers(rank), encode)},
+            "dtype": {"dtype": (torch.float32, torch.float16)[rank]},
+            "length": {"data": Pairs(ROWS + rank)},
+        }
+        for name, options in others.items():
+            try:
+                built(folder / name, **options)
+            except Exception as error:
+                (folder / f"{name} {rank}").write_text(str(error))
     finally:
         dist.destroy_process_group()
 
@@ -841,5 +943,14 @@ def test_two_processes_share_the_work_and_the_errors(tmp_path):
     errors = [(tmp_path / f"error {rank}").read_text() for rank in range(2)]
     assert errors[1].startswith("EmbeddingCache.build: expected finite image embeddings, got NaN or infinity for 'sample 13'")
     assert errors[0].startswith("EmbeddingCache.build: expected all processes to go on, got an error on rank 1: EmbeddingCache.build")
-    with pytest.raises(FileNotFoundError):
-        EmbeddingCache.open(tmp_path / "spoilt")
+    for name, part in (
+        ("weights", "weights '"),
+        ("dtype", "dtype 'float32' on rank 0 and 'float16' on rank 1"),
+        ("length", "data set '53 samples' on"),
+    ):
+        for rank in range(2):
+            message = (tmp_path / f"{name} {rank}").read_text()
+            assert message.startswith(f"EmbeddingCache.build: expected all processes to build the same, got {part}")
+    for name in ("error", "weights", "dtype", "length"):
+        with pytest.raises(FileNotFoundError):
+            EmbeddingCache.open(tmp_path / name)

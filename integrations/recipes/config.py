@@ -69,6 +69,7 @@ class MethodConfig:
     Attributes:
         name: of the method, for the records.
         terms: on the reference pairs; none: no reference data are needed.
+        target_terms: on the target pairs, beside their contrastive loss.
         teacher: ``frozen`` copy of the model, ``adapters_off`` (with LoRA), ``averaged``, or ``cached`` (needs ``cache``).
         teacher_decay: of an averaged teacher.
         cache: folder of a cache of the reference data, by ``geomreg embed``.
@@ -76,9 +77,16 @@ class MethodConfig:
 
     name: str = "flyp"
     terms: dict[str, TermConfig] = field(default_factory=dict)
+    target_terms: dict[str, TermConfig] = field(default_factory=dict)
     teacher: Literal["frozen", "adapters_off", "averaged", "cached"] = "frozen"
     teacher_decay: float = 0.999
     cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if both := self.terms.keys() & self.target_terms.keys():
+            raise ValueError(
+                f"MethodConfig: expected terms and target_terms of different names, got {sorted(both)[0]!r} twice. Rename one."
+            )
 
 
 @dataclass(frozen=True)

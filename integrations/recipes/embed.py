@@ -48,7 +48,8 @@ class Options:
         class_names: JSON or CSV file from folder to class name (folders).
         templates: texts with {} for the class name (folders).
         strict: stop at an image that cannot be read, instead of leaving it out.
-        check: samples that are embedded again at the end and compared; 0 for none.
+        check: samples that are embedded again at the end and compared; 0 for none. Files that were replaced under the same name
+            are found among these only.
     """
 
     model: str
@@ -97,9 +98,10 @@ def embed_data(options: Options) -> EmbeddingCache:
         "num_workers": options.workers,
         "collate_fn": collate,
     }
+    shard_rows = min(max(len(dataset) // 64, 256), 16_384)  # what Ctrl-C can cost
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "EmbeddingCache.build: .* could not be read")  # said below, with their names
-        cache = EmbeddingCache.build(teacher, dataset, options.output, dtype=_DTYPES[options.dtype], **loading)
+        cache = EmbeddingCache.build(teacher, dataset, options.output, dtype=_DTYPES[options.dtype], shard_rows=shard_rows, **loading)
     if state.is_main_process:
         if "image" in modalities:
             _list_skipped(cache, dataset, options.output / SKIPPED)

@@ -52,14 +52,20 @@ def finetune_from(config: Config) -> Path:
     accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.train.precision)
     set_seed(config.train.seed)  # adapters start at random
     loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop)
-    kind = config.method.teacher if config.method.terms else None
+    model = loaded.model
+    described = [config.method.terms, config.method.target_terms]
+    kind = config.method.teacher if any(described) else None
     teacher = _teacher(config, loaded) if kind in ("frozen", "cached") else None
-    model = freeze(loaded.model, config.model)
+    freeze(model, config.model)
     if kind == "adapters_off":
         teacher = Teacher.adapters_off(model, encode)
     elif kind == "averaged":
         teacher = Teacher.averaged(model, encode, decay=config.method.teacher_decay)
-    regularizer = regularizer_of(config.method.terms, model) if config.method.terms else None
+    regularizer, target_regularizer = (regularizer_of(terms, model) if terms else None for terms in described)
+    if regularizer is None and (target_regularizer is None or not target_regularizer.needs_teacher):
+        teacher = None
+    elif kind == "cached" and target_regularizer is not None and target_regularizer.needs_teacher:
+        raise ValueError("finetune: expected a teacher that sees the augmented target pairs, got a cached one. Use teacher=frozen.")
     reference = None if config.reference is None else _Stream(config.reference, loaded, config, accelerator, augment=False)
     target = _Stream(config.target, loaded, config, accelerator, augment=True)
     settings = _settings(config, target)
@@ -81,6 +87,7 @@ def finetune_from(config: Config) -> Path:
             target.batches,
             settings,
             regularizer=regularizer,
+            target_regularizer=target_regularizer,
             reference=None if reference is None else reference.batches,
             teacher=teacher,
             accelerator=accelerator,

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from geomreg.checks import check_count
 from geomreg.compose import WeightedSum
 from geomreg.integrations.open_clip import embed, unwrap
 from geomreg.integrations.recipes import checkpoint
+from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.step import backward
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings, Terms
@@ -111,6 +113,7 @@ def finetune(
     regularizer: WeightedSum | None = None,
     reference: Batches | None = None,
     teacher: Teacher | None = None,
+    target_regularizer: WeightedSum | None = None,
     accelerator: Accelerator | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
@@ -127,7 +130,8 @@ def finetune(
         settings: optimisation.
         regularizer: terms on the reference batch; needs ``reference`` and ``teacher``.
         reference: likewise of generic pairs.
-        teacher: the frozen model.
+        teacher: the frozen model; sees the reference batches, and the target batches if there are terms on them that need it.
+        target_regularizer: terms on the target batch, beside its loss; needs a teacher that is not cached if one of them does.
         accelerator: by default a new one: device, precision and processes as launched.
         checkpoints: save everything that the run needs, and go on from the newest checkpoint if there is one: on a CPU the losses and
             weights are then bitwise those of a run that was never interrupted.
@@ -154,7 +158,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     contrast = contrastive(accelerator)
-    for part in (regularizer, teacher):
+    for part in (regularizer, target_regularizer, teacher):
         if part is not None:
             part.to(accelerator.device)
             part.train()
@@ -182,6 +186,7 @@ def finetune(
             "schedule": schedule.state_dict(),
             "scaler": {} if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "regularizer": {} if regularizer is None else regularizer.state_dict(),
+            "target_regularizer": {} if target_regularizer is None else target_regularizer.state_dict(),
             "teacher": {} if teacher is None else teacher.state_dict(),
         }
 
@@ -192,7 +197,7 @@ def finetune(
         for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", accelerator.scaler)):
             if part is not None:
                 part.load_state_dict(checkpoint.read(saved, name))
-        for name, stateful in (("regularizer", regularizer), ("teacher", teacher)):
+        for name, stateful in (("regularizer", regularizer), ("target_regularizer", target_regularizer), ("teacher", teacher)):
             if stateful is not None:
                 stateful.load_state_dict(checkpoint.read(saved, name))
     target_batches = target(start)
@@ -202,9 +207,14 @@ def finetune(
         value = torch.zeros((), device=accelerator.device)
         entry: dict[str, float] = {"step": step + 1}
         regularized = regularizer is not None and step % settings.regularize_every == 0
-        loss = _contrasted(
-            encoded, _moved(next(target_batches), accelerator.device), loss_fn, settings, {**options, "sync": not regularized}
-        )
+        batch = _moved(next(target_batches), accelerator.device)
+        frozen = None
+        if teacher is not None and target_regularizer is not None and target_regularizer.needs_teacher:
+            with accelerator.autocast():
+                frozen = teacher(batch)
+        terms, loss = _contrasted(encoded, batch, frozen, loss_fn, target_regularizer, settings, {**options, "sync": not regularized})
+        del batch, frozen
+        entry |= {name: part.item() for name, part in terms.items()}
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names the logit scale.
         if regularized and regularizer is not None and reference_batches is not None and teacher is not None:
             batch = _moved(next(reference_batches), accelerator.device)
@@ -226,11 +236,13 @@ def finetune(
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             schedule.step()
-            for part in (regularizer, teacher):
+            for part in (regularizer, target_regularizer, teacher):
                 if part is not None:
                     part.step()
-        elif regularizer is not None:
-            regularizer.discard()
+        else:
+            for part in (regularizer, target_regularizer):
+                if part is not None:
+                    part.discard()
         if on_step is not None:
             on_step(entry)
         done = step + 1
@@ -282,10 +294,7 @@ def _regularized(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
     parts: dict[str, Tensor] = {}
-
-    def given() -> dict[str, Tensor]:
-        """The live logit scale, for terms that take it."""
-        return {"logit_scale": unwrap(options["model"]).logit_scale.exp()} if "logit_scale" in regularizer.inputs else {}
+    given = partial(_inputs, regularizer, options["model"])
 
     def of(terms: Terms, share: float) -> Tensor:
         for name, part in terms.parts.items():
@@ -311,17 +320,41 @@ def _regularized(
 def _contrasted(
     encoded: Callable[[Batch], Embeddings],
     batch: Batch,
+    frozen: Embeddings | None,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
+    regularizer: WeightedSum | None,
     settings: Settings,
     options: dict[str, Any],
-) -> Tensor:
-    """Contrastive loss of a target batch; adds its gradient."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Unweighted terms on a target batch, and its contrastive loss with their weighted sum; adds the gradient."""
+    parts: dict[str, Tensor] = {}
+    if regularizer is not None and any(isinstance(term, _ON_PARAMETERS) for term in regularizer.regularizers.values()):
+        options = {**options, "parameters": [value for value in options["model"].parameters() if value.requires_grad]}
+
+    def total(image: Tensor, text: Tensor) -> Tensor:
+        loss = loss_fn(image, text)
+        if regularizer is None:
+            return loss
+        terms = regularizer.terms(Embeddings(image, text), frozen, **_inputs(regularizer, options["model"]))
+        parts.update(terms.parts)
+        return loss + terms.total
+
     inputs = {key: batch[key] for key in ("image", "text")}
     if not settings.unique_texts:
-        return backward(encoded, inputs, lambda e: loss_fn(*e), **options)
-    texts, row = inputs["text"].unique(dim=0, return_inverse=True)
-    parts = [(encoded, {"image": inputs["image"]}), (encoded, {"text": texts})]
-    return backward(parts, None, lambda e: loss_fn(e.image, e.text[row]), **options)
+        loss = backward(encoded, inputs, lambda e: total(*e), **options)
+    else:
+        texts, row = inputs["text"].unique(dim=0, return_inverse=True)
+        towers = [(encoded, {"image": inputs["image"]}), (encoded, {"text": texts})]
+        loss = backward(towers, None, lambda e: total(e.image, e.text[row]), **options)
+    return parts, loss
+
+
+_ON_PARAMETERS = (WeightAnchor, ProjectionOrthogonality)
+
+
+def _inputs(regularizer: WeightedSum, model: nn.Module) -> dict[str, Tensor]:
+    """The live logit scale, for terms that take it."""
+    return {"logit_scale": unwrap(model).logit_scale.exp()} if "logit_scale" in regularizer.inputs else {}
 
 
 def _moved(batch: Batch, device: Any) -> Batch:

@@ -107,7 +107,7 @@ def test_every_shipped_method_from_the_command_line(data, tmp_path, method):
         "--target.path",
         str(data / "pairs.tsv"),
     ]
-    if method != "flyp":
+    if method not in ("flyp", "cyclip", "l2-sp"):
         arguments += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
     train = {"steps": 2, "batch_size": 8, "warmup_steps": 1, "workers": 0, "learning_rate": 1e-4}
     arguments += [part for key, value in train.items() for part in (f"--train.{key}", str(value))]
@@ -191,6 +191,39 @@ def test_parts_of_the_model(data, tmp_path, model):
         assert torch.equal(before.logit_scale, after.logit_scale)
     else:
         assert torch.equal(before.token_embedding.weight, after.token_embedding.weight)
+
+
+# terms on the target batch
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 3}, {"unique_texts": True, "chunk_size": 3}])
+def test_terms_on_the_target(data, tmp_path, options):
+    """With a teacher, without one, on parameters; beside terms on the reference."""
+    target_terms = {
+        "cyclic": TermConfig("CyclicConsistency", 1.0),
+        "gram": TermConfig("GramStructure", 10.0),
+        "anchor": TermConfig("WeightAnchor", 0.1),
+    }
+    ends = []
+    for name, changes in (("plain", {}), ("other", options)):
+        method = MethodConfig("mix", DIVE.terms, target_terms)
+        finetune_from(config(data, tmp_path / name, method=method, kind="folder", **changes))
+        ends.append(logged(tmp_path / name))
+    assert ends[0][0].keys() == {"step", "loss", "regularizer", "dive", "cyclic", "gram", "anchor"}
+    assert ends[0][0]["gram"] == pytest.approx(0, abs=1e-8)
+    assert ends[0][3]["gram"] > 1e-6
+    assert ends[0][3]["anchor"] > 0
+    for one, other in zip(*ends, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=5e-3)
+
+
+def test_what_a_teacher_is_made_for(data, tmp_path):
+    embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+    method = MethodConfig("m", DIVE.terms, {"gram": TermConfig("GramStructure", 1.0)}, teacher="cached", cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match="expected a teacher that sees the augmented target pairs, got a cached one"):
+        finetune_from(config(data, tmp_path / "run", method=method))
+    with pytest.raises(ValueError, match="expected terms and target_terms of different names, got 'dive' twice"):
+        MethodConfig("m", DIVE.terms, DIVE.terms)
 
 
 # evaluation
