@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,9 @@ def to_open_clip(model: nn.Module, config: dict[str, Any], folder: Path) -> Path
     for name in ("logit_scale", "logit_bias"):
         if name in state and not config["model_cfg"].get("nonscalar_logit_scale", False):
             state[name] = state[name].reshape(())  # FSDP2 needs one dimension, the layout has none
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with _whole(folder) as temporary:
         save_file(state, temporary / "open_clip_model.safetensors", metadata={"format": "pt"})
         (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -90,17 +84,24 @@ def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path) -> P
     missing, unexpected = target.load_state_dict(_renamed(model.state_dict()), strict=False)
     if unexpected or [key for key in missing if not key.endswith("position_ids")]:
         raise ValueError(f"to_transformers: expected the weights of a plain CLIP, got also {unexpected[:3]} and no {missing[:3]}.")
+    with _whole(folder) as temporary:
+        target.save_pretrained(temporary)
+    return folder
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the name of ``folder`` if all went well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        target.save_pretrained(temporary)
+        yield temporary
         temporary.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def _check_plain(model: nn.Module, config: dict[str, Any]) -> None:
