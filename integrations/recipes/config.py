@@ -158,6 +158,7 @@ class Config:
         evaluation: labelled data sets by name, whose zero-shot accuracy is written to evaluation.jsonl.
         best: the one of them by which the best model so far is kept in the folder ``best``.
         device: ``auto`` takes a GPU if there is one; or ``cpu``.
+        dry_run: load everything and take a few steps, write nothing.
     """
 
     model: ModelConfig
@@ -169,6 +170,7 @@ class Config:
     evaluation: dict[str, DataConfig] = field(default_factory=dict)
     best: str | None = None
     device: Literal["auto", "cpu"] = "auto"
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.method.terms) != (self.reference is not None):

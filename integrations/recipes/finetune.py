@@ -6,9 +6,11 @@ import inspect
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -42,6 +44,8 @@ BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a ru
 def finetune_from(config: Config) -> Path:
     """Fine-tune a CLIP model as configured; an interrupted run with the same configuration goes on. Returns the exported model's folder.
 
+    A dry run loads everything, takes a few steps, says how long the run will be and what it needs, and writes nothing.
+
     The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, broken.txt if samples
     could not be read, and in open_clip's layout, adapters merged, the final model in ``model`` and the best in ``best``.
 
@@ -62,7 +66,7 @@ def finetune_from(config: Config) -> Path:
     elif kind == "averaged":
         teacher = Teacher.averaged(model, encode, decay=config.method.teacher_decay)
     regularizer, target_regularizer = (regularizer_of(terms, model) if terms else None for terms in described)
-    if regularizer is None and (target_regularizer is None or not target_regularizer.needs_teacher):
+    if not any(one is not None and one.needs_teacher for one in (regularizer, target_regularizer)):
         teacher = None
     elif kind == "cached" and target_regularizer is not None and target_regularizer.needs_teacher:
         raise ValueError("finetune: expected a teacher that sees the augmented target pairs, got a cached one. Use teacher=frozen.")
@@ -70,6 +74,23 @@ def finetune_from(config: Config) -> Path:
     target = _Stream(config.target, loaded, config, accelerator, augment=True)
     settings = _settings(config, target)
     evaluation = _Evaluation(config, loaded, settings.steps, accelerator)
+
+    def run(settings: Settings, **options: Any) -> None:
+        finetune(
+            model,
+            target.batches,
+            settings,
+            regularizer=regularizer,
+            target_regularizer=target_regularizer,
+            reference=None if reference is None else reference.batches,
+            teacher=teacher,
+            accelerator=accelerator,
+            **options,
+        )
+
+    if config.dry_run:
+        _try(run, settings, target, reference, accelerator)
+        return config.output
     _claim(config, accelerator)
     log = _Log(config.output, settings.steps, accelerator)
 
@@ -82,15 +103,8 @@ def finetune_from(config: Config) -> Path:
                 stream.check_broken(config.output)
 
     with _asked_to_stop() as stop:
-        finetune(
-            model,
-            target.batches,
+        run(
             settings,
-            regularizer=regularizer,
-            target_regularizer=target_regularizer,
-            reference=None if reference is None else reference.batches,
-            teacher=teacher,
-            accelerator=accelerator,
             checkpoints=Checkpoints(config.output / "checkpoints", config.train.save_every),
             on_step=on_step,
             should_stop=stop.is_set,
@@ -99,6 +113,27 @@ def finetune_from(config: Config) -> Path:
         to_open_clip(merge_adapters(model), loaded.config, config.output / "model")
     accelerator.wait_for_everyone()
     return config.output / "model"
+
+
+def _try(run: Callable[..., None], settings: Settings, target: "_Stream", reference: "_Stream | None", accelerator: Accelerator) -> None:
+    """A few steps that are thrown away, and what they say of the whole run."""
+    ends: list[float] = []
+    run(dataclasses.replace(settings, steps=4), on_step=lambda entry: ends.append(time.perf_counter()))
+    if not accelerator.is_main_process:
+        return
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if accelerator.device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    for name, stream in (("target", target), ("reference", reference)):
+        if stream is not None:
+            print(f"{name}: {len(stream.dataset)} samples, {stream.batches_an_epoch} batches an epoch")
+    print(
+        f"{settings.steps} steps of {seconds:.2f} s: {settings.steps * seconds / 3600:.1f} h without evaluation; peak memory so far {peak / 1e9:.1f} GB "
+        f"of {accelerator.device}"
+    )
 
 
 def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> WeightedSum:
@@ -203,6 +238,7 @@ def _settings(config: Config, target: _Stream) -> Settings:
 def _claim(config: Config, accelerator: Accelerator) -> None:
     """The run's folder, for this configuration alone."""
     resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    del resolved["dry_run"]
     file = config.output / "config.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))

@@ -128,7 +128,7 @@ def finetune(
         model: open_clip model, trained in place.
         target: ``target(k)`` gives endless batches of image-text pairs from number k on.
         settings: optimisation.
-        regularizer: terms on the reference batch; needs ``reference`` and ``teacher``.
+        regularizer: terms on the reference batch; needs ``reference``, and ``teacher`` if some term does.
         reference: likewise of generic pairs.
         teacher: the frozen model; sees the reference batches, and the target batches if there are terms on them that need it.
         target_regularizer: terms on the target batch, beside its loss; needs a teacher that is not cached if one of them does.
@@ -144,9 +144,11 @@ def finetune(
         RunStoppedError: ``should_stop`` said so.
         RuntimeError: the loss is not finite on some process; the model is left as it was before that step.
     """
-    given = {"regularizer": regularizer, "reference": reference, "teacher": teacher}
-    if len({value is None for value in given.values()}) > 1:
-        lacking = ", ".join(name for name, value in given.items() if value is None)
+    needed = {"regularizer": regularizer, "reference": reference}
+    if regularizer is None or regularizer.needs_teacher:
+        needed["teacher"] = teacher if regularizer is not None or target_regularizer is None else None  # or it is the target's
+    if len({value is None for value in needed.values()}) > 1:
+        lacking = ", ".join(name for name, value in needed.items() if value is None)
         raise ValueError(f"finetune: expected regularizer, reference and teacher together, got None for {lacking}. Pass all three or none.")
     accelerator = accelerator or Accelerator()
     if accelerator.gradient_accumulation_steps != 1:
@@ -216,10 +218,11 @@ def finetune(
         del batch, frozen
         entry |= {name: part.item() for name, part in terms.items()}
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names the logit scale.
-        if regularized and regularizer is not None and reference_batches is not None and teacher is not None:
-            batch = _moved(next(reference_batches), accelerator.device)
-            with accelerator.autocast():
-                frozen = teacher(batch)
+        if regularized and regularizer is not None and reference_batches is not None:
+            batch, frozen = _moved(next(reference_batches), accelerator.device), None
+            if teacher is not None and regularizer.needs_teacher:
+                with accelerator.autocast():
+                    frozen = teacher(batch)
             terms, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, options)
             del batch, frozen
             entry |= {name: part.item() for name, part in terms.items()}
@@ -287,7 +290,7 @@ def _go_on(saved: Path, settings: Settings, accelerator: Accelerator) -> int:
 def _regularized(
     encoded: Callable[[Batch], Embeddings],
     batch: Batch,
-    frozen: Embeddings,
+    frozen: Embeddings | None,
     regularizer: WeightedSum,
     factor: int,
     options: dict[str, Any],
@@ -308,7 +311,7 @@ def _regularized(
     if regularizer.separable:
 
         def loss_fn(embeddings: Embeddings, index: Tensor) -> Tensor:
-            rows_of_teacher = Embeddings(*(None if value is None else value[index] for value in frozen))
+            rows_of_teacher = None if frozen is None else Embeddings(*(None if value is None else value[index] for value in frozen))
             return of(regularizer.terms(embeddings, rows_of_teacher, **given()), len(index) / rows)
 
         total = backward(encoded, inputs, loss_fn, separable=True, **options)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes import finetune as finetune_module
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, TermConfig, TrainConfig
 from geomreg.integrations.recipes.data import LabelledFolder
@@ -224,6 +226,25 @@ def test_what_a_teacher_is_made_for(data, tmp_path):
         finetune_from(config(data, tmp_path / "run", method=method))
     with pytest.raises(ValueError, match="expected terms and target_terms of different names, got 'dive' twice"):
         MethodConfig("m", DIVE.terms, DIVE.terms)
+
+
+def test_replay_needs_no_teacher(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_module, "_teacher", lambda *_: FaultyTeacher())
+    finetune_from(config(data, tmp_path / "run", method=MethodConfig("replay", {"replay": TermConfig("ContrastiveReplay", 1.0)})))
+    assert logged(tmp_path / "run")[0]["replay"] > 0
+
+
+class FaultyTeacher(torch.nn.Module):
+    """That must not be asked."""
+
+
+def test_dry_run(data, tmp_path, capsys):
+    finetune_from(dataclasses.replace(config(data, tmp_path / "run", steps=500), dry_run=True))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "target: 40 samples, 5 batches an epoch"
+    assert second == "reference: 40 samples, 5 batches an epoch"
+    assert re.fullmatch(r"500 steps of \d+\.\d\d s: 0\.\d h without evaluation; peak memory so far \d+\.\d GB of cpu", third)
+    assert not (tmp_path / "run").exists()
 
 
 # evaluation
