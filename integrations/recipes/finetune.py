@@ -6,9 +6,9 @@ import inspect
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -122,18 +122,18 @@ def _try(run: Callable[..., None], settings: Settings, target: "_Stream", refere
     if not accelerator.is_main_process:
         return
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if accelerator.device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     for name, stream in (("target", target), ("reference", reference)):
         if stream is not None:
             print(f"{name}: {len(stream.dataset)} samples, {stream.batches_an_epoch} batches an epoch")
-    print(
-        f"{settings.steps} steps of {seconds:.2f} s: {settings.steps * seconds / 3600:.1f} h without evaluation; peak memory so far {peak / 1e9:.1f} GB "
-        f"of {accelerator.device}"
-    )
+    hours = settings.steps * seconds / 3600
+    memory = f"peak memory so far {peak / 1e9:.1f} GB of {accelerator.device}"
+    print(f"{settings.steps} steps of {seconds:.2f} s: {hours:.1f} h without evaluation; {memory}")
 
 
 def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> WeightedSum:
