@@ -135,7 +135,8 @@ def finetune(
         accelerator: by default a new one: device, precision and processes as launched.
         checkpoints: save everything that the run needs, and go on from the newest checkpoint if there is one: on a CPU the losses and
             weights are then bitwise those of a run that was never interrupted.
-        on_step: called after each step with ``step``, ``loss``, ``regularizer`` (weighted) and one entry per term.
+        on_step: called after each step with ``step``, ``loss``, ``regularizer`` (weighted) and one entry per term, means over the
+            processes.
         should_stop: asked after each step; if true in some process, the run is saved and :class:`RunStoppedError` raised.
 
     Raises:
@@ -207,7 +208,6 @@ def finetune(
     for step in range(start, settings.steps):
         optimizer.zero_grad()
         value = torch.zeros((), device=accelerator.device)
-        entry: dict[str, float] = {"step": step + 1}
         regularized = regularizer is not None and step % settings.regularize_every == 0
         batch = _moved(next(target_batches), accelerator.device)
         frozen = None
@@ -216,20 +216,20 @@ def finetune(
                 frozen = teacher(batch)
         terms, loss = _contrasted(encoded, batch, frozen, loss_fn, target_regularizer, settings, {**options, "sync": not regularized})
         del batch, frozen
-        entry |= {name: part.item() for name, part in terms.items()}
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names the logit scale.
         if regularized and regularizer is not None and reference_batches is not None:
             batch, frozen = _moved(next(reference_batches), accelerator.device), None
             if teacher is not None and regularizer.needs_teacher:
                 with accelerator.autocast():
                     frozen = teacher(batch)
-            terms, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, options)
+            of_reference, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, options)
+            terms |= of_reference
             del batch, frozen
-            entry |= {name: part.item() for name, part in terms.items()}
-        entry |= {"loss": loss.item(), "regularizer": value.item()}
-        signs = torch.stack([torch.isfinite(loss + value).float(), torch.tensor(float(should_stop()), device=value.device)])
-        finite, stopping = accelerator.reduce(signs, reduction="sum").tolist()  # all stop, or none
-        if finite < accelerator.num_processes:
+        record = {**terms, "loss": loss, "regularizer": value, "stop": torch.tensor(float(should_stop()), device=loss.device)}
+        means = accelerator.reduce(torch.stack([one.to(loss.dtype) for one in record.values()]), reduction="mean").tolist()
+        entry: dict[str, float] = {"step": step + 1, **dict(zip(record, means, strict=True))}
+        stopping = entry.pop("stop") > 0
+        if not math.isfinite(entry["loss"] + entry["regularizer"]):  # on all processes, or none
             raise RuntimeError(
                 f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. "
                 "Lower the learning rate or the weight."

@@ -33,7 +33,7 @@ VARIANTS = ({}, {"chunk_size": 2}, {"unique_texts": True}, {"chunk_size": 2, "un
 def run(rank: int, ranks: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Final weights and running mean of FLYP + DiVE on this rank's part of every batch."""
     student = model()
-    keep = WeightedSum(dive=(7.0, DiVE()))
+    keep, log = WeightedSum(dive=(7.0, DiVE())), []
     finetune(
         student,
         part_of(repeating(stream(1, size=6)), rank, ranks),
@@ -42,8 +42,9 @@ def run(rank: int, ranks: int, options: dict[str, Any]) -> dict[str, torch.Tenso
         reference=part_of(stream(2, size=4), rank, ranks),
         teacher=Teacher(student, encode),
         accelerator=Accelerator(cpu=True),
+        on_step=lambda entry: log.append([entry["loss"], entry["dive"]]),
     )
-    return {**student.state_dict(), "running mean": keep.regularizers["dive"].mean}
+    return {**student.state_dict(), "running mean": keep.regularizers["dive"].mean, "log": torch.tensor(log)}
 
 
 def worker(rank: int, ranks: int, port: int, folder: str) -> None:
