@@ -277,6 +277,7 @@ class EmbeddingCache:
                     for modality, fingerprint in source.fingerprints(modalities_of(probe)).items()
                 ]
                 check_together(path, {one.modality: one.description["fingerprint"] for one in builds})
+            with agreed():  # apart: it is a collective, which a process with an error above does not reach
                 check_alike(builds)
             names, numbers = {}, []
             with agreed():

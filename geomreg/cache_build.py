@@ -62,6 +62,7 @@ VIEW = {"image": "preprocessing", "text": "tokenizer"}  # the part of a fingerpr
 BF16 = "bf16 puts 53 % error on the average vector loss at a drift of 0.3 %; project and normalise in fp32 (integrations.open_clip.embed)."
 _TEXTS = ("A photo of 2 cats.", "Ärger, naïve; 猫 🙂", "<tag> & it's  CamelCase\n", "a word " * 200)
 _LEFT_OUT = 1000  # samples without a row that are looked at again
+_KEY = r"[0-9a-f]{12}(-2)?"  # of a table's folder
 _FAILED = ".failed"  # says to the other processes what went wrong in one
 _PROBE = 64  # samples that are loaded twice before anything is built; every fourth is embedded
 TOLERANCE = 1e-3  # of embeddings that count as the same, relative to their norm: above fp16's rounding
@@ -299,13 +300,13 @@ class TableBuild:
     def _still_right(self, number: int, probe: tuple[list[Any], Embeddings]) -> bool:
         """The first sample of a shard, and those of the probe in it, are stored as the teacher sees them now; a shard that cannot be read
         is removed."""
+        first = self.source.encoded(self.source.batch([number * self.description["shard_rows"]]))  # its errors are not the shard's
         try:
             shard = Shard(self.partial, number)
             hashes = shard.hashes()
             shard.ids()  # raises if damaged
             if not len(shard):
                 return True
-            first = self.source.encoded(self.source.batch([number * self.description["shard_rows"]]))
             for (ids, embeddings), all_there in ((first, True), (probe, False)):
                 wanted = id_hashes(self.source.name, ids)
                 order = np.argsort(hashes)
@@ -350,10 +351,9 @@ def publish(path: Path, done: list[TableBuild]) -> None:
     before = published(path)
     tables = {**before, **{one.modality: one.folder.name for one in done}}
     write_json(path / MANIFEST, {"tables": tables})
-    for one in done:  # what was there before, and unfinished builds that this one makes useless
-        for folder in [*path.glob(f"{one.modality}-*"), *path.glob(f".{one.modality}-*.partial")]:
-            if folder != one.folder:
-                shutil.rmtree(folder, ignore_errors=True)
+    for one in done:  # unfinished builds that this one makes useless; what was there before goes with tidy()
+        for folder in _own_folders(path, rf"\.{one.modality}-{_KEY}\.partial"):
+            shutil.rmtree(folder, ignore_errors=True)
     if skipped:
         source = done[0].source
         warnings.warn(f"{source.name}: {skipped} of {source.length} samples could not be read and have no row", stacklevel=3)
@@ -362,11 +362,16 @@ def publish(path: Path, done: list[TableBuild]) -> None:
 def tidy(path: Path) -> None:
     """Remove what a kill left behind: tables that are not listed, files that were not finished."""
     listed = set(published(path).values())
-    for folder in [found for modality in Embeddings._fields for found in path.glob(f"{modality}-*")]:
+    for folder in _own_folders(path, rf"({'|'.join(Embeddings._fields)})-{_KEY}"):
         if folder.name not in listed:
             shutil.rmtree(folder, ignore_errors=True)
-    for file in [*path.glob(".*.tmp"), path / _FAILED]:
+    for file in [*path.glob(f".{MANIFEST}.*.tmp"), path / _FAILED]:
         file.unlink(missing_ok=True)
+
+
+def _own_folders(path: Path, pattern: str) -> list[Path]:
+    """Folders that a build has made; others that happen to be there are not ours to remove."""
+    return [found for found in path.iterdir() if found.is_dir() and re.fullmatch(pattern, found.name)]
 
 
 def check_alike(builds: list[TableBuild]) -> None:

@@ -852,6 +852,39 @@ def test_leftovers_of_a_kill_go_away(tmp_path, monkeypatch):
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["cache.json", "image", "text"]
 
 
+def test_what_is_not_ours_stays(tmp_path):
+    """A cache may be built beside data whose names look like its own."""
+    for name in ("image-net", "text-0123456789", ".image-old.partial", "image-0123456789ab.backup"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_text("mine")
+    (tmp_path / ".notes.tmp").write_text("mine")
+    for seed in (0, 1):
+        built(tmp_path, teacher=Teacher(Towers(seed), encode))
+    assert sorted(path.parent.name for path in tmp_path.glob("*/data")) == sorted(
+        ["image-net", "text-0123456789", ".image-old.partial", "image-0123456789ab.backup"]
+    )
+    assert (tmp_path / ".notes.tmp").read_text() == "mine"
+    assert len(list(tmp_path.glob("*/table.json"))) == 2
+
+
+def test_an_error_of_the_encoder_costs_no_shard(tmp_path, monkeypatch):
+    """Out of memory is a RuntimeError too."""
+    monkeypatch.setattr(cache_build, "write_index", lambda *_: (_ for _ in ()).throw(OSError("stop")))
+    with pytest.raises(OSError, match="stop"):
+        built(tmp_path)
+    monkeypatch.undo()
+    shards_there = sorted(path.name for path in tmp_path.rglob("0*.safetensors"))
+
+    def full(model, batch):
+        if len(batch["id"]) == 1:  # the look at a shard
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(model, batch)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        built(tmp_path, teacher=Teacher(Towers(), full))
+    assert sorted(path.name for path in tmp_path.rglob("0*.safetensors")) == shards_there
+
+
 def test_finished_caches_in_folders_that_cannot_be_written(tmp_path, monkeypatch):
     teacher = Teacher(Towers(), encode)
     built(tmp_path, teacher=teacher)
@@ -924,6 +957,7 @@ def build_on_rank(rank, folder):
             "weights": {"teacher": Teacher(Towers(rank), encode)},
             "dtype": {"dtype": (torch.float32, torch.float16)[rank]},
             "length": {"data": Pairs(ROWS + rank)},
+            "early": {"data": Pairs(0) if rank else Pairs()},
         }
         for name, options in others.items():
             try:
@@ -951,6 +985,8 @@ def test_two_processes_share_the_work_and_the_errors(tmp_path):
         for rank in range(2):
             message = (tmp_path / f"{name} {rank}").read_text()
             assert message.startswith(f"EmbeddingCache.build: expected all processes to build the same, got {part}")
-    for name in ("error", "weights", "dtype", "length"):
+    assert (tmp_path / "early 1").read_text().startswith("EmbeddingCache.build: expected at least one sample")
+    assert "got an error on rank 1: EmbeddingCache.build: expected at least one sample" in (tmp_path / "early 0").read_text()
+    for name in ("error", "weights", "dtype", "length", "early"):
         with pytest.raises(FileNotFoundError):
             EmbeddingCache.open(tmp_path / name)

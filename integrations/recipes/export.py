@@ -98,6 +98,8 @@ def _whole(folder: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         if folder.exists():
+            if any(folder.iterdir()) and not list(folder.glob("*config.json")):
+                raise FileExistsError(f"export: expected a new folder or an earlier export, got {folder} with other files. Choose another.")
             shutil.rmtree(folder)
         os.replace(temporary, folder)
     finally:

@@ -192,3 +192,11 @@ def test_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
         to_open_clip(model(embed_dim=8), CONFIG, folder)
     assert (folder / "open_clip_model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_of_others_are_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"expected a new folder or an earlier export, got .*mine with other files"):
+        to_open_clip(model(), CONFIG, tmp_path / "mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
