@@ -957,7 +957,7 @@ def build_on_rank(rank, folder):
             "weights": {"teacher": Teacher(Towers(rank), encode)},
             "dtype": {"dtype": (torch.float32, torch.float16)[rank]},
             "length": {"data": Pairs(ROWS + rank)},
-            "early": {"data": Pairs(0) if rank else Pairs()},
+            "early": {"data": [{"image": torch.ones(4)}] if rank else Pairs()},
         }
         for name, options in others.items():
             try:
@@ -985,8 +985,8 @@ def test_two_processes_share_the_work_and_the_errors(tmp_path):
         for rank in range(2):
             message = (tmp_path / f"{name} {rank}").read_text()
             assert message.startswith(f"EmbeddingCache.build: expected all processes to build the same, got {part}")
-    assert (tmp_path / "early 1").read_text().startswith("EmbeddingCache.build: expected at least one sample")
-    assert "got an error on rank 1: EmbeddingCache.build: expected at least one sample" in (tmp_path / "early 0").read_text()
+    assert (tmp_path / "early 1").read_text().startswith("EmbeddingCache.build: expected samples as dicts")
+    assert "got an error on rank 1: EmbeddingCache.build: expected samples as dicts" in (tmp_path / "early 0").read_text()
     for name in ("error", "weights", "dtype", "length", "early"):
         with pytest.raises(FileNotFoundError):
             EmbeddingCache.open(tmp_path / name)
