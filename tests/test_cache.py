@@ -3,7 +3,6 @@
 import copy
 import errno
 import functools
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import killed_until_done
 from torch import nn
 
 from geomreg import DiVE, EmbeddingCache, Embeddings, Teacher, WeightedSum, cache_build, shards
@@ -419,20 +419,8 @@ def slowly(model, batch):
 
 def test_killed_again_and_again(tmp_path):
     """SIGKILL at arbitrary moments; the run that gets through ends with the rows of one that was left alone."""
-    kills, started = 0, time.monotonic()
-    for attempt in range(60):
-        process = multiprocessing.get_context("fork").Process(
-            target=built, args=(tmp_path, Pairs(400), Teacher(Towers(), slowly)), kwargs={"shard_rows": 40}
-        )
-        process.start()
-        process.join(0.4 + 0.11 * (attempt % 10))
-        if process.exitcode is not None:
-            break
-        process.kill()
-        process.join()
-        kills += 1
-    assert process.exitcode == 0
-    assert kills >= 2, f"the build took {time.monotonic() - started:.1f} s"
+    work = functools.partial(built, shard_rows=40)
+    assert killed_until_done(work, tmp_path, Pairs(400), Teacher(Towers(), slowly), first=0.2, more=0.13) >= 2
     teacher = Teacher(Towers(), encode)
     equal(EmbeddingCache.open(tmp_path, teacher=teacher), Pairs(400), teacher)
 

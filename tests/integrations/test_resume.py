@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import multiprocessing
 import shutil
 import time
 
 import pytest
 import torch
 from accelerate import Accelerator
+from killing import killed_until_done
 from test_train import batches, model
 
 from geomreg import DiVE, FeatureDistillation, Teacher, WeightedSum
@@ -99,18 +99,7 @@ def killed(folder, pause, every):
 
 def test_killed_at_any_moment(tmp_path, whole):
     """SIGKILL after some steps and some milliseconds, and in the midst of saves."""
-    kills = 0
-    for attempt in range(80):
-        process = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path, 0.06, 2))
-        process.start()
-        process.join(0.4 + 0.043 * (attempt % 13))
-        if process.exitcode is not None:
-            break
-        process.kill()
-        process.join()
-        kills += 1
-    assert process.exitcode == 0
-    assert kills >= 2
+    assert killed_until_done(killed, tmp_path, 0.06, 2, first=0.3, more=0.13) >= 2
     equal(tmp_path, run(tmp_path), whole)
 
 
