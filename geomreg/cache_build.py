@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from geomreg.checks import check_count, describe
-from geomreg.shards import DTYPES, Shard, Table, id_hashes, read_json, shard_name, write_index, write_json, write_shard
+from geomreg.shards import DTYPES, Shard, Table, id_hashes, read_json, shard_name, write_file, write_index, write_json, write_shard
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
@@ -418,7 +418,7 @@ def embed_missing(
     except Exception as error:
         if dist.is_initialized() and not failed.exists():
             with suppress(OSError):
-                failed.write_text(f"rank {rank_of_process()}: {error}", encoding="utf-8")
+                write_file(failed, f"rank {rank_of_process()}: {error}".encode())  # whole: the others may be reading
         raise
 
 
