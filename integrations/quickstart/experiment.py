@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from geomreg.integrations.open_clip import embed
 from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings, twemoji_animals
 from geomreg.integrations.quickstart.views import CORRUPTIONS, fixed_views, random_views
 from geomreg.integrations.recipes.evaluate import accuracy, correct, embed_images, zero_shot_head
+from geomreg.integrations.recipes.models import model_folder
 from geomreg.integrations.recipes.train import Batch, Settings, encode, finetune
 from geomreg.metrics import distortion_bound, rsa
 from geomreg.regularizers import DiVE
@@ -116,11 +117,6 @@ def openmoji_experiment(*, progress: bool = False) -> Experiment:
         zero_shot={task: subset(color, (group,)) for task, group in ZERO_SHOT.items()},
         reference=subset(color, REFERENCE),
     )
-
-
-def model_folder() -> Path:
-    """Folder of the shipped checkpoint."""
-    return Path(str(resources.files("geomreg.integrations.quickstart") / "model"))
 
 
 def load_model(folder: Path | None = None) -> nn.Module:

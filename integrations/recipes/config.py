@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from geomreg.checks import check_count, check_weight
-from geomreg.integrations.recipes.data import CocoCaptions, CsvPairs, Flickr8k, FMoW, IWildCam, LabelledFolder, TarPairs
+from geomreg.checks import check_count, check_fraction, check_weight
+from geomreg.integrations.recipes.data import CocoCaptions, CsvPairs, Flickr8k, FMoW, IWildCam, LabelledFolder, RandomTexts, TarPairs
 from geomreg.integrations.recipes.models import ModelConfig
 
 __all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "TermConfig", "TrainConfig", "check_options"]
@@ -22,6 +22,7 @@ READERS: dict[str, type[Any]] = {
     "iwildcam": IWildCam,
     "fmow": FMoW,
 }
+LABELLED = tuple(kind for kind, reader in READERS.items() if "templates" in inspect.signature(reader).parameters)
 _OURS = ("transform", "tokenizer", "modalities")  # what a run decides itself
 
 
@@ -31,17 +32,30 @@ class DataConfig:
 
     Attributes:
         kind: of files: ``csv`` (CSV or TSV of pairs), ``folder`` (a folder for each class), ``tar`` (WebDataset shards), ``coco``,
-            ``flickr8k``, ``iwildcam``, ``fmow`` (WILDS).
+            ``flickr8k``, ``iwildcam``, ``fmow`` (WILDS). Without files: ``target``, the target's own images and texts as reference, and
+            ``random_texts``, random tokens.
         path: of the file or folder, or a pattern of shards.
         options: of the reader, by name; see its class in :mod:`geomreg.integrations.recipes.data`.
+        modalities: of reference data: ``[image]`` or ``[text]`` alone where the method's terms need no more; by default all there are.
+        subset: file of ids, one a line, by ``geomreg retrieve`` say: only these samples.
+        captions: CSV or TSV file with a generated caption for each target image, for a method with ``caption_weight``.
     """
 
-    kind: Literal["csv", "folder", "tar", "coco", "flickr8k", "iwildcam", "fmow"]
-    path: str
+    kind: Literal["csv", "folder", "tar", "coco", "flickr8k", "iwildcam", "fmow", "target", "random_texts"]
+    path: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    modalities: tuple[Literal["image", "text"], ...] | None = None
+    subset: Path | None = None
+    captions: Path | None = None
 
     def __post_init__(self) -> None:
-        check_options(f"options of {self.kind}", self.options, READERS[self.kind], _OURS)
+        if (self.kind in READERS) != bool(self.path):
+            raise ValueError(f"DataConfig: expected a path for files and none without, got {self.path!r} for {self.kind}. Mend one.")
+        if self.kind == "target" and (self.options or self.subset or self.captions):
+            raise ValueError("DataConfig: expected kind target with its modalities alone, got more. The rest is the target's.")
+        if self.kind == "random_texts" and self.modalities not in (None, ("text",)):
+            raise ValueError(f"DataConfig: expected random_texts with modalities [text], got {list(self.modalities or ())}.")
+        check_options(f"options of {self.kind}", self.options, READERS.get(self.kind, RandomTexts), _OURS)
 
 
 @dataclass(frozen=True)
@@ -64,12 +78,21 @@ class TermConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What is kept, and how.
+    """What is learned from the target, and what is kept, and how.
 
     Attributes:
         name: of the method, for the records.
-        terms: on the reference pairs; none: no reference data are needed.
-        target_terms: on the target pairs, beside their contrastive loss.
+        terms: on the reference data; none: no reference data are needed.
+        target_terms: on the target batch, beside its loss; with ``classification`` on its images alone.
+        loss: on the target: ``contrastive`` of images and texts (FLYP; SigLIP's for a model with a logit bias), or ``classification``.
+        head: of a classification: ``zero_shot``, linear, trained, from the class texts' embeddings; ``linear_probe``, likewise, but
+            from a logistic regression on the frozen model (LP-FT); ``text_encoder``, the texts of all classes, encoded in every step
+            (ZSCL). The first two train neither text tower nor logit scale.
+        label_smoothing: of a classification.
+        caption_weight: of the contrastive loss between target images and their generated captions (ARF; needs ``target.captions``).
+        bank: of texts, for terms that take one: ``texts``, other captions at each step, or ``contexts``, each of the target's templates
+            averaged over its classes (CAR-FT).
+        bank_size: texts of a bank; None: as many as reference samples.
         teacher: ``frozen`` copy of the model, ``adapters_off`` (with LoRA), ``averaged``, or ``cached`` (needs ``cache``).
         teacher_decay: of an averaged teacher.
         cache: folder of a cache of the reference data, by ``geomreg embed``.
@@ -78,6 +101,12 @@ class MethodConfig:
     name: str = "flyp"
     terms: dict[str, TermConfig] = field(default_factory=dict)
     target_terms: dict[str, TermConfig] = field(default_factory=dict)
+    loss: Literal["contrastive", "classification"] = "contrastive"
+    head: Literal["zero_shot", "linear_probe", "text_encoder"] = "zero_shot"
+    label_smoothing: float = 0.0
+    caption_weight: float = 0.0
+    bank: Literal["texts", "contexts"] = "texts"
+    bank_size: int | None = None
     teacher: Literal["frozen", "adapters_off", "averaged", "cached"] = "frozen"
     teacher_decay: float = 0.999
     cache: Path | None = None
@@ -87,6 +116,19 @@ class MethodConfig:
             raise ValueError(
                 f"MethodConfig: expected terms and target_terms of different names, got {sorted(both)[0]!r} twice. Rename one."
             )
+        check_fraction("MethodConfig", "label_smoothing", self.label_smoothing)
+        check_weight("MethodConfig", "caption_weight", self.caption_weight)
+        if self.bank_size is not None:
+            check_count("MethodConfig", "bank_size", self.bank_size, 1)
+        other = {"contrastive": ("label_smoothing",), "classification": ("caption_weight",)}[self.loss]
+        for option in other:
+            if getattr(self, option):
+                raise ValueError(f"MethodConfig: expected no {option} with loss={self.loss}, got {getattr(self, option)}. Leave it out.")
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether there is a linear head, and no text in the target loss."""
+        return self.loss == "classification" and self.head != "text_encoder"
 
 
 @dataclass(frozen=True)
@@ -106,12 +148,14 @@ class TrainConfig:
         chunk_size: samples of a process whose activations are held at a time; None: all.
         unique_texts: encode each different caption of a target batch once.
         regularize_every: the regularizer on every so many steps, with so many times its weight.
+        average_every: end with the mean of the weights at the start and after each so many steps (ZSCL); None: with the last.
+        compile: the towers' blocks by ``torch.compile``.
         precision: ``no`` (fp32), ``bf16`` or ``fp16`` autocast.
         crop: scale of the random crops of target images; reference images are seen by the evaluation transform.
         seed: of order, crops, templates and dropout.
         workers: processes that load samples, for each of the two data sets.
         save_every: optimizer steps between checkpoints.
-        evaluate_every: optimizer steps between evaluations; None: at the end alone.
+        evaluate_every: optimizer steps between evaluations; None: at the start and the end alone.
     """
 
     epochs: int | None = None
@@ -126,6 +170,8 @@ class TrainConfig:
     chunk_size: int | None = None
     unique_texts: bool = False
     regularize_every: int = 1
+    average_every: int | None = None
+    compile: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     crop: tuple[float, float] = (0.9, 1.0)
     seed: int = 0
@@ -155,8 +201,12 @@ class Config:
         output: folder of the run; one that is there goes on.
         method: what is kept.
         reference: generic pairs whose geometry should stay, if the method has terms.
-        evaluation: labelled data sets by name, whose zero-shot accuracy is written to evaluation.jsonl.
-        best: the one of them by which the best model so far is kept in the folder ``best``.
+        texts: captions for a bank of texts, if a term takes one; by default those of the reference data.
+        evaluation: labelled data sets by name, whose accuracy is written to evaluation.jsonl: zero-shot, but by a trained head where the
+            classes are the target's.
+        best: the one of them by which the best model so far is kept in the folder ``best``: validation data of the target.
+        ensemble: share of the trained weights in a mixture with those at the start, kept in the folder ``ensemble`` (WiSE-FT); None: none.
+        trackers: further logs beside metrics.jsonl.
         device: ``auto`` takes a GPU if there is one; or ``cpu``.
         dry_run: load everything and take a few steps, write nothing.
     """
@@ -167,8 +217,11 @@ class Config:
     output: Path
     method: MethodConfig = field(default_factory=MethodConfig)
     reference: DataConfig | None = None
+    texts: DataConfig | None = None
     evaluation: dict[str, DataConfig] = field(default_factory=dict)
     best: str | None = None
+    ensemble: float | None = 0.5
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     device: Literal["auto", "cpu"] = "auto"
     dry_run: bool = False
 
@@ -178,11 +231,18 @@ class Config:
             raise ValueError(f"Config: expected reference data for the method's terms, got {got} ({self.method.name}). Set both or none.")
         if (self.method.teacher == "cached") != (self.method.cache is not None):
             raise ValueError("Config: expected method.cache with method.teacher=cached, got one without the other. Set both or none.")
-        for name, data in self.evaluation.items():
-            if "templates" not in inspect.signature(READERS[data.kind]).parameters:
-                raise ValueError(
-                    f"Config: expected labelled data for the evaluation {name}, got {data.kind}. Use folder, iwildcam or fmow."
-                )
+        uses = {f"the evaluation {name}": data for name, data in self.evaluation.items()}
+        if self.method.loss == "classification":
+            uses["the target of a classification"] = self.target
+        for name, data in uses.items():
+            if data.kind not in LABELLED:
+                raise ValueError(f"Config: expected labelled data for {name}, got {data.kind}. Use {', '.join(LABELLED)}.")
+        if self.target.kind not in READERS:
+            raise ValueError(f"Config: expected files as target, got {self.target.kind}. Use one of {', '.join(READERS)}.")
+        if bool(self.method.caption_weight) != (self.target.captions is not None):
+            raise ValueError("Config: expected target.captions with method.caption_weight, got one without the other. Set both or none.")
+        if self.ensemble is not None:
+            check_fraction("Config", "ensemble", self.ensemble)
         if self.best is not None and self.best not in self.evaluation:
             known = ", ".join(self.evaluation) or "none"
             raise ValueError(f"Config: expected best as the name of an evaluation, got {self.best!r}. There are {known}.")

@@ -1,11 +1,13 @@
 """``geomreg ensemble``: weights between a model and its fine-tuned self (WiSE-FT)."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 from geomreg.checks import check_fraction
 from geomreg.ensemble import interpolate
 from geomreg.integrations.recipes.export import to_open_clip
+from geomreg.integrations.recipes.head import load_head
 from geomreg.integrations.recipes.models import load
 
 __all__ = ["EnsembleOptions", "ensemble"]
@@ -35,12 +37,19 @@ class EnsembleOptions:
 
 
 def ensemble(options: EnsembleOptions) -> list[Path]:
-    """Write (1 - alpha) * base + alpha * fine-tuned for each alpha (arXiv 2109.01903); returns the folders."""
+    """Write (1 - alpha) * base + alpha * fine-tuned for each alpha (arXiv 2109.01903), heads likewise; returns the folders."""
     base, finetuned = load(options.base, options.pretrained), load(str(options.finetuned))
     start, end = ({key: value.clone() for key, value in one.model.state_dict().items()} for one in (base, finetuned))
+    trained = load_head(options.finetuned)
     folders = []
     for alpha in options.alpha:
         finetuned.model.load_state_dict(interpolate(start, end, alpha))
-        folders.append(to_open_clip(finetuned.model, finetuned.config, options.output / f"alpha-{alpha:.2f}"))
+        head = None
+        if trained is not None:
+            after, before, classes = trained
+            mixed = copy.deepcopy(after)
+            mixed.load_state_dict(interpolate(before.state_dict(), after.state_dict(), alpha))
+            head = (mixed, before, classes)
+        folders.append(to_open_clip(finetuned.model, finetuned.config, options.output / f"alpha-{alpha:.2f}", head=head))
         print(folders[-1])
     return folders

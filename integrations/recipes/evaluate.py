@@ -1,6 +1,7 @@
 """Zero-shot evaluation of an open_clip model: class heads from templates, and which samples are right."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,15 @@ def accuracy(right: Sequence[bool] | Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Any, tokenizer: Callable[..., Tensor], *, batch_size: int = 256, workers: int = 0
+    model: nn.Module,
+    dataset: Any,
+    tokenizer: Callable[..., Tensor],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    head: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Zero-shot accuracy on a labelled data set, in evaluation mode; the model's mode is restored.
+    """Accuracy on a labelled data set, zero-shot or of a head, in evaluation mode; the model's mode is restored.
 
     Args:
         model: open_clip model.
@@ -53,6 +60,7 @@ def evaluate(
         tokenizer: the model's.
         batch_size: images at a time.
         workers: loading processes.
+        head: unit embeddings ``(B, D)`` to logits ``(B, C)``; None: zero-shot.
 
     Returns:
         ``accuracy``, per class averaged ``class_average``, both in per cent, ``broken``, the number of samples left out, and with groups
@@ -61,14 +69,16 @@ def evaluate(
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        head = zero_shot_head(model, torch.stack([tokenizer(dataset.class_texts(template)) for template in dataset.templates]))
+        if head is None:
+            texts = zero_shot_head(model, torch.stack([tokenizer(dataset.class_texts(template)) for template in dataset.templates]))
+            head = partial(torch.matmul, other=texts.T)
         right, labels, groups, broken = [], [], [], 0
         rows = [list(range(k, min(k + batch_size, len(dataset)))) for k in range(0, len(dataset), batch_size)]
         for batch in DataLoader(dataset, batch_sampler=rows, num_workers=workers, collate_fn=collate, generator=torch.Generator()):
             broken += len(batch["broken"])
             if batch["id"]:
                 image = embed(model, images=batch["image"].to(device)).image
-                right.append(((image @ head.T).argmax(dim=1).cpu() == batch["label"]).double() if image is not None else torch.zeros(0))
+                right.append((head(image).argmax(dim=1).cpu() == batch["label"]).double() if image is not None else torch.zeros(0))
                 labels.append(batch["label"])
                 groups.append(batch.get("group", torch.zeros(len(batch["label"]), dtype=torch.long)))
     finally:

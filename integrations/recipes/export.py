@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,25 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geomreg.integrations.recipes.head import write_head
+
 __all__ = ["to_open_clip", "to_transformers"]
 
 _PLAIN_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 
 
-def to_open_clip(model: nn.Module, config: dict[str, Any], folder: Path) -> Path:
+def to_open_clip(
+    model: nn.Module, config: dict[str, Any], folder: Path, *, head: tuple[nn.Linear, nn.Linear, Sequence[str]] | None = None
+) -> Path:
     """Write what ``open_clip.create_model_and_transforms("local-dir:...")`` loads: whole, or nothing.
 
     Args:
         model: open_clip model, without adapters.
         config: ``{"model_cfg", "preprocess_cfg"}``.
         folder: of the export; an export that is there is replaced.
+        head: classifier, where it started, and names of the classes: written beside the model by
+            :func:`~geomreg.integrations.recipes.head.write_head`.
     """
     state = {key: _on_its_own(value) for key, value in model.state_dict().items()}
     for name in ("logit_scale", "logit_bias"):
@@ -35,6 +41,8 @@ def to_open_clip(model: nn.Module, config: dict[str, Any], folder: Path) -> Path
     with _whole(folder) as temporary:
         save_file(state, temporary / "open_clip_model.safetensors", metadata={"format": "pt"})
         (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if head is not None:
+            write_head(temporary, *head)
     return folder
 
 

@@ -5,40 +5,44 @@ import dataclasses
 import inspect
 import json
 import os
-import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from importlib import metadata
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import geomreg
 from geomreg.cache import EmbeddingCache
 from geomreg.compose import WeightedSum
-from geomreg.integrations.recipes.config import READERS, Config, DataConfig, TermConfig, check_options
-from geomreg.integrations.recipes.data import TarPairs
-from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
+from geomreg.integrations.recipes import checkpoint
+from geomreg.integrations.recipes.config import LABELLED, READERS, Config, MethodConfig, TermConfig, check_options
+from geomreg.integrations.recipes.ensemble import EnsembleOptions, ensemble
 from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import to_open_clip
-from geomreg.integrations.recipes.models import Model, clamp_logit_scale, freeze, load, merge_adapters
-from geomreg.integrations.recipes.train import Batches, Checkpoints, Settings, encode, finetune
+from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, load_head, take_head, zero_shot_classifier
+from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
+from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
+from geomreg.integrations.recipes.records import Log, check_trackers, claim, whole_lines
+from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, read, reference_of
+from geomreg.integrations.recipes.train import Banks, Checkpoints, Settings, encode, finetune
+from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
+from geomreg.types import Embeddings
 
-__all__ = ["finetune_from", "regularizer_of"]
+__all__ = ["check_needs", "finetune_from", "regularizer_of"]
 
-BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a run
+HIGH_RATE = 3.0  # times the highest usual learning rate of a model: worth a warning
 
 
 def finetune_from(config: Config) -> Path:
@@ -47,78 +51,185 @@ def finetune_from(config: Config) -> Path:
     A dry run loads everything, takes a few steps, says how long the run will be and what it needs, and writes nothing.
 
     The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, broken.txt if samples
-    could not be read, and in open_clip's layout, adapters merged, the final model in ``model`` and the best in ``best``.
+    could not be read, and in open_clip's layout, adapters merged, the final model in ``model``, the best in ``best`` and the mixture with
+    the model at the start in ``ensemble``; a trained head is beside the weights, in head.safetensors and classes.json.
 
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.
         RuntimeError: a loss that is not finite; too many broken samples.
     """
-    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.train.precision)
+    check_trackers(config.trackers)
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=config.train.precision,
+        log_with=list(config.trackers) if config.trackers and not config.dry_run else None,
+        project_dir=str(config.output),
+    )
     set_seed(config.train.seed)  # adapters start at random
-    loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop)
-    model = loaded.model
-    described = [config.method.terms, config.method.target_terms]
-    kind = config.method.teacher if any(described) else None
-    teacher = _teacher(config, loaded) if kind in ("frozen", "cached") else None
-    freeze(model, config.model)
-    if kind == "adapters_off":
-        teacher = Teacher.adapters_off(model, encode)
-    elif kind == "averaged":
-        teacher = Teacher.averaged(model, encode, decay=config.method.teacher_decay)
-    regularizer, target_regularizer = (regularizer_of(terms, model) if terms else None for terms in described)
-    if not any(one is not None and one.needs_teacher for one in (regularizer, target_regularizer)):
-        teacher = None
-    elif kind == "cached" and target_regularizer is not None and target_regularizer.needs_teacher:
-        raise ValueError("finetune: expected a teacher that sees the augmented target pairs, got a cached one. Use teacher=frozen.")
-    reference = None if config.reference is None else _Stream(config.reference, loaded, config, accelerator, augment=False)
-    target = _Stream(config.target, loaded, config, accelerator, augment=True)
-    settings = _settings(config, target)
-    evaluation = _Evaluation(config, loaded, settings.steps, accelerator)
-
-    def run(settings: Settings, **options: Any) -> None:
-        finetune(
-            model,
-            target.batches,
-            settings,
-            regularizer=regularizer,
-            target_regularizer=target_regularizer,
-            reference=None if reference is None else reference.batches,
-            teacher=teacher,
-            accelerator=accelerator,
-            **options,
-        )
-
+    run = _Run(config, accelerator)
     if config.dry_run:
-        _try(run, settings, target, reference, accelerator)
+        _try(run)
         return config.output
-    _claim(config, accelerator)
-    log = _Log(config.output, settings.steps, accelerator)
+    claim(config, accelerator)
+    log = Log(config, run.settings.steps, accelerator)
+    evaluation = _Evaluation(run)
 
     def on_step(entry: dict[str, float]) -> None:
-        clamp_logit_scale(model, config.model.max_logit_scale)
+        clamp_logit_scale(run.model, config.model.max_logit_scale)
         log.add(entry)
         evaluation.after(int(entry["step"]))
-        for stream in (target, reference):
-            if stream is not None:
-                stream.check_broken(config.output)
+        for stream in run.streams.values():
+            stream.check_broken(config.output)
 
     with _asked_to_stop() as stop:
-        run(
-            settings,
-            checkpoints=Checkpoints(config.output / "checkpoints", config.train.save_every),
+        evaluation.before()
+        run.train(
+            run.settings,
+            checkpoints=Checkpoints(run.checkpoints, config.train.save_every),
             on_step=on_step,
             should_stop=stop.is_set,
         )
+    log.end()
     if accelerator.is_main_process:
-        to_open_clip(merge_adapters(model), loaded.config, config.output / "model")
+        run.export(config.output / "model")
+        if config.ensemble is not None:
+            options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
+            evaluation.report(ensemble(EnsembleOptions(*options))[0])
     accelerator.wait_for_everyone()
     return config.output / "model"
 
 
-def _try(run: Callable[..., None], settings: Settings, target: "_Stream", reference: "_Stream | None", accelerator: Accelerator) -> None:
+class _Run:
+    """Everything that a configuration says, built; the costly parts last."""
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        method, train = config.method, config.train
+        self.config, self.accelerator = config, accelerator
+        self.checkpoints = config.output / "checkpoints"
+        _check_learning_rate(config)
+        self.loaded = loaded = load(config.model.name, config.model.pretrained, crop=train.crop)
+        self.model = model = loaded.model
+        described = (method.terms, method.target_terms)
+        teacher = Teacher(model, encode) if any(described) and method.teacher == "frozen" else None
+        if method.trains_head:
+            freeze(model, dataclasses.replace(config.model, frozen=(*config.model.frozen, "text"), logit_scale="frozen"))
+        else:
+            freeze(model, config.model)
+        if any(described) and teacher is None:
+            teacher = _teacher(config, loaded)
+        self.regularizer, self.target_regularizer = (regularizer_of(terms, model) if terms else None for terms in described)
+        of_both = [one for one in (self.regularizer, self.target_regularizer) if one is not None]
+        banked = any("texts" in one.inputs for one in of_both)
+        if method.teacher == "cached" and (banked or (self.target_regularizer is not None and self.target_regularizer.needs_teacher)):
+            what = "embeds a bank of texts" if banked else "sees the augmented target pairs"
+            raise ValueError(f"finetune: expected a teacher that {what}, got a cached one. Use teacher=frozen.")
+        self.teacher = teacher if banked or any(one.needs_teacher for one in of_both) else None
+
+        def stream(data: Any, size: int, seed: int, modalities: tuple[str, ...], *, augment: bool = False, shared: bool = True) -> Stream:
+            transform = loaded.train_transform if augment else loaded.transform
+            options = {"size": size, "seed": train.seed + seed, "modalities": modalities, "workers": train.workers}
+            return Stream(data, loaded, accelerator if shared else None, transform=transform, **options)
+
+        pairs, found = ("image", "text"), reference_of(config)
+        seen = {"target": ("image",) if method.loss == "classification" else pairs}
+        references = train.reference_batch_size or train.batch_size
+        if found is not None:
+            seen["reference"] = ("text",) if found.kind == "random_texts" else found.modalities or pairs
+            check_needs("reference", self.regularizer, seen["reference"], model)
+        check_needs("target", self.target_regularizer, seen["target"], model)
+        self.streams = {"target": stream(config.target, train.batch_size, 0, seen["target"], augment=True)}
+        if found is not None:
+            self.streams["reference"] = stream(found, references, 1, seen["reference"])
+        target = self.streams["target"].dataset
+        tokens = class_tokens(target, loaded) if config.target.kind in LABELLED else None
+        self.texts: Banks | None = None
+        if banked and self.teacher is not None and method.bank == "contexts":
+            if tokens is None:
+                raise ValueError(f"finetune: expected labelled target data for bank=contexts, got {config.target.kind}. Use bank=texts.")
+            self.texts = bank_of_contexts(tokens, self.teacher, accelerator)
+        elif banked and self.teacher is not None:
+            data = config.texts or found
+            if data is None or (data.kind in READERS and data.modalities == ("image",)):
+                raise ValueError("finetune: expected captions for the terms' bank of texts, got none. Set texts, say to kind random_texts.")
+            self.streams["texts"] = stream(data, method.bank_size or references, 2, ("text",), shared=False)
+            self.texts = bank_of_texts(self.streams["texts"], self.teacher, accelerator)
+        shared = {field.name for field in dataclasses.fields(Settings)} & {field.name for field in dataclasses.fields(train)}
+        values = {name: getattr(train, name) for name in shared - {"steps"}}
+        self.settings = Settings(steps=train.steps or (train.epochs or 0) * self.streams["target"].batches_an_epoch, **values)
+        self.classes = tuple(target.classes) if tokens is not None else ()
+        self.loss, self.start = self._loss(method, tokens)
+        if train.compile:
+            compile_blocks(model)
+            if isinstance(self.teacher, Teacher) and method.teacher == "frozen":
+                compile_blocks(self.teacher.model)
+
+    def _loss(self, method: MethodConfig, tokens: Tensor | None) -> tuple[TargetLoss, nn.Linear | None]:
+        """The target's loss, and where its head started."""
+        if tokens is None or method.loss == "contrastive":
+            return Contrastive(self.model, self.accelerator, caption_weight=method.caption_weight), None
+        if not method.trains_head:
+            return TextClassification(self.model, tokens, label_smoothing=method.label_smoothing), None
+        start = zero_shot_classifier(self.model, tokens)
+        found = copy.deepcopy(start)
+        if method.head == "linear_probe" and checkpoint.latest(self.checkpoints) is None:  # it is in the checkpoints
+            dataset = read(self.config.target, self.loaded, transform=self.loaded.transform, modalities=("image",))
+            self.model.to(self.accelerator.device)
+            limit = 256 if self.config.dry_run else None
+            found = linear_probe(self.model, dataset, start, self.accelerator, workers=self.config.train.workers, limit=limit)
+        attach_head(self.model, found)
+        return HeadClassification(getattr(self.model, NAME), label_smoothing=method.label_smoothing), start
+
+    def train(self, settings: Settings, **options: Any) -> None:
+        """See :func:`~geomreg.integrations.recipes.train.finetune`."""
+        reference = self.streams.get("reference")
+        finetune(
+            self.model,
+            self.streams["target"].batches,
+            settings,
+            regularizer=self.regularizer,
+            target_regularizer=self.target_regularizer,
+            reference=None if reference is None else reference.batches,
+            teacher=self.teacher,
+            loss=self.loss,
+            texts=self.texts,
+            accelerator=self.accelerator,
+            **options,
+        )
+
+    def export(self, folder: Path) -> None:
+        """The model as it is, adapters merged and with its head, in open_clip's layout."""
+        model = merge_adapters(copy.deepcopy(self.model))
+        head = take_head(model)
+        trained = None if head is None or self.start is None else (head, self.start, self.classes)
+        to_open_clip(model, self.loaded.config, folder, head=trained)
+
+
+def _check_learning_rate(config: Config) -> None:
+    usual, rate = config.model.learning_rates, config.train.learning_rate
+    if usual is not None and rate > HIGH_RATE * usual[1]:
+        warnings.warn(
+            f"finetune: the learning rate {rate:g} is far above what is usual for {config.model.name}, {usual[0]:g} to {usual[1]:g}. "
+            "CLIP models forget fast: expect a loss of zero-shot accuracy that no regularizer mends.",
+            stacklevel=4,
+        )
+
+
+def _teacher(config: Config, loaded: Model) -> Teacher:
+    """One that is not a frozen copy; made when parts are frozen and adapters there."""
+    if config.method.teacher == "adapters_off":
+        return Teacher.adapters_off(loaded.model, encode)
+    if config.method.teacher == "averaged":
+        return Teacher.averaged(loaded.model, encode, decay=config.method.teacher_decay)
+    assert config.method.cache is not None
+    cache = EmbeddingCache.open(config.method.cache, teacher=Teacher(loaded.model, encode))
+    return Teacher.cached(cache, preprocessing=loaded.transform, tokenizer=loaded.tokenizer)
+
+
+def _try(run: _Run) -> None:
     """A few steps that are thrown away, and what they say of the whole run."""
     ends: list[float] = []
-    run(dataclasses.replace(settings, steps=4), on_step=lambda entry: ends.append(time.perf_counter()))
+    accelerator, settings = run.accelerator, run.settings
+    run.train(dataclasses.replace(settings, steps=4), on_step=lambda entry: ends.append(time.perf_counter()))
     if not accelerator.is_main_process:
         return
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
@@ -128,9 +239,8 @@ def _try(run: Callable[..., None], settings: Settings, target: "_Stream", refere
         import resource  # not on Windows
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    for name, stream in (("target", target), ("reference", reference)):
-        if stream is not None:
-            print(f"{name}: {len(stream.dataset)} samples, {stream.batches_an_epoch} batches an epoch")
+    for name, stream in run.streams.items():
+        print(f"{name}: {len(stream.dataset)} samples, {stream.batches_an_epoch} batches an epoch")
     hours = settings.steps * seconds / 3600
     memory = f"peak memory so far {peak / 1e9:.1f} GB of {accelerator.device}"
     print(f"{settings.steps} steps of {seconds:.2f} s: {hours:.1f} h without evaluation; {memory}")
@@ -152,194 +262,108 @@ def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> Weighte
         if config.term == "WeightAnchor":
             given = (model,)
         elif config.term == "ProjectionOrthogonality":
-            given = (model.visual.proj, model.text_projection)
+            given = (getattr(model.visual, "proj", None), getattr(model, "text_projection", None))
+            if not all(isinstance(one, nn.Parameter) for one in given):
+                raise ValueError(f"{name}: expected a CLIP with linear projections, got {type(model).__name__}. Use another term.")
         check_options(name, config.options, owner, tuple(list(inspect.signature(owner).parameters)[: len(given)]))
-        term = owner(*given, **{key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()})
-        if lacking := set(getattr(term, "inputs", ())) - {"logit_scale"}:
-            raise ValueError(f"{name}: expected a term of embeddings and logit scale, got one that needs {', '.join(sorted(lacking))}.")
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+        if config.term == "ContrastiveReplay" and getattr(model, "logit_bias", None) is not None:
+            options = {"form": "sigmoid", **options}  # as the model was trained
+        term = owner(*given, **options)
+        if lacking := set(getattr(term, "inputs", ())) - {"logit_scale", "logit_bias", "texts"}:
+            raise ValueError(f"{name}: expected a term of what a run has, got one that also needs {', '.join(sorted(lacking))}.")
         built[name] = (config.weight, term)
     return WeightedSum(**built)
 
 
-class _Stream:
-    """One of the two data sets: its batches, and what was broken in it."""
+def check_needs(role: str, regularizer: WeightedSum | None, modalities: tuple[str, ...], model: nn.Module) -> None:
+    """Every term can be computed from batches of these modalities: each is tried on a few random vectors.
 
-    def __init__(self, config: DataConfig, loaded: Model, run: Config, accelerator: Accelerator, *, augment: bool) -> None:
-        reader, train = READERS[config.kind], run.train
-        transform = loaded.train_transform if augment else loaded.transform
-        options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
-        self.labelled = "templates" in inspect.signature(reader).parameters
-        self.dataset = reader(
-            config.path,
-            transform=transform,
-            tokenizer=loaded.tokenizer,
-            modalities=("image",) if self.labelled else ("image", "text"),
-            **options,
-        )
-        size = train.batch_size if augment else train.reference_batch_size or train.batch_size
-        if size % accelerator.num_processes:
-            raise ValueError(
-                f"finetune: expected a batch that {accelerator.num_processes} processes can share, got {size}. Choose a multiple of it."
-            )
-        texts = None
-        if self.labelled:
-            texts = torch.stack([loaded.tokenizer(self.dataset.class_texts(template)) for template in self.dataset.templates])
-        self.drawn = Drawn(self.dataset, seed=train.seed + (0 if augment else 1), texts=texts)
-        self.workers = train.workers
-        self.draws: Callable[[int], Draws] = lambda start: Draws(
-            len(self.dataset),
-            size // accelerator.num_processes,
-            seed=train.seed + (0 if augment else 1),
-            rank=accelerator.process_index,
-            ranks=accelerator.num_processes,
-            start=start,
-            groups=self.dataset.groups if isinstance(self.dataset, TarPairs) else None,
-        )
-        self.batches_an_epoch = self.draws(0).batches_an_epoch
-        self.seen, self.broken, self.listed = 0, [], 0
-
-    @property
-    def batches(self) -> Batches:
-        def from_number(start: int) -> Iterator[dict[str, Any]]:
-            for batch in loader(self.drawn, self.draws(start), workers=self.workers):
-                self.seen += len(batch["id"])
-                self.broken += batch.pop("broken")
-                yield batch
-
-        return from_number
-
-    def check_broken(self, folder: Path) -> None:
-        """List new ones; raise when there are too many."""
-        if len(self.broken) > self.listed:
-            with open(folder / "broken.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(f"{message}\n" for message in self.broken[self.listed :])
-            self.listed = len(self.broken)
-        if len(self.broken) > max(BROKEN_LEAST, BROKEN_SHARE * self.seen):
-            raise RuntimeError(
-                f"finetune: expected at most {BROKEN_SHARE:.0%} of the samples to be broken, got {len(self.broken)} of {self.seen}, the "
-                f"first {self.broken[0]}. See {folder / 'broken.txt'}."
-            )
-
-
-def _teacher(config: Config, loaded: Model) -> Teacher:
-    """Made before anything is frozen or adapted."""
-    if config.method.cache is not None:
-        cache = EmbeddingCache.open(config.method.cache, teacher=Teacher(loaded.model, encode))
-        return Teacher.cached(cache, preprocessing=loaded.transform, tokenizer=loaded.tokenizer)
-    return Teacher(loaded.model, encode)
-
-
-def _settings(config: Config, target: _Stream) -> Settings:
-    shared = {field.name for field in dataclasses.fields(Settings)} & {field.name for field in dataclasses.fields(config.train)}
-    values = {name: getattr(config.train, name) for name in shared - {"steps"}}
-    return Settings(steps=config.train.steps or (config.train.epochs or 0) * target.batches_an_epoch, **values)
-
-
-def _claim(config: Config, accelerator: Accelerator) -> None:
-    """The run's folder, for this configuration alone."""
-    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    del resolved["dry_run"]
-    file = config.output / "config.json"
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if differing := _differing(before, resolved):
-            name, old, new = differing
-            raise ValueError(
-                f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. Use the same configuration, or "
-                "another output folder."
-            )
+    Raises:
+        ValueError: what a term lacks.
+    """
+    if regularizer is None:
         return
-    accelerator.wait_for_everyone()  # no process writes before all have looked
-    if accelerator.is_main_process:
-        config.output.mkdir(parents=True, exist_ok=True)
-        write_file(config.output / "environment.json", (json.dumps(_environment(), indent=1) + "\n").encode())
-        write_file(file, (json.dumps(resolved, indent=1) + "\n").encode())
-    accelerator.wait_for_everyone()
-
-
-def _differing(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first value, by its dotted name, in which two configurations differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            if found := _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
-                return found
-        return None
-    return None if before == now else (name, before, now)
-
-
-def _environment() -> dict[str, Any]:
-    """Versions of packages and of the code."""
-    packages = ("geomreg", "torch", "open_clip_torch", "accelerate", "torchvision", "peft")
-    installed = {name: metadata.version(name) for name in packages if _is_installed(name)}
-    commit = None
-    with suppress(OSError, subprocess.TimeoutExpired):
-        command = ["git", "describe", "--always", "--dirty"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent, check=False)
-        commit = answer.stdout.strip() or None
-    return {"python": platform.python_version(), "packages": installed, "git": commit}
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    vectors = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    seen = Embeddings(**dict.fromkeys(modalities, vectors))
+    inputs = {"logit_scale": torch.tensor(10.0), "logit_bias": getattr(model, "logit_bias", None), "texts": vectors}
+    for name, term in regularizer.regularizers.items():
+        if isinstance(term, (WeightAnchor, ProjectionOrthogonality)):
+            continue
+        training, needed = term.training, getattr(term, "inputs", ())
+        if "logit_bias" in needed and inputs["logit_bias"] is None:
+            raise ValueError(f"{name}: expected a model with a logit bias for form=sigmoid, got one without. Use form=softmax.")
+        try:
+            with torch.no_grad():
+                term.eval()(seen, seen, **{key: inputs[key] for key in needed})  # in evaluation mode nothing is collected
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"finetune: expected {role} data that the term {name} can use, got {' and '.join(modalities)} alone ({error})"
+            ) from error
+        finally:
+            term.train(training)
 
 
 class _Evaluation:
-    """Zero-shot accuracy on the configured data sets now and then, and the best model; by the main process."""
+    """Accuracy on the configured data sets at the start, now and then, and at the end; and the best model; by the main process."""
 
-    def __init__(self, config: Config, loaded: Model, steps: int, accelerator: Accelerator) -> None:
-        self.config, self.loaded, self.steps, self.accelerator = config, loaded, steps, accelerator
-        self.every = config.train.evaluate_every or steps
-        self.file = config.output / "evaluation.jsonl"
-        self.data = {}
-        for name, data in config.evaluation.items():
-            options = {key: tuple(value) if isinstance(value, list) else value for key, value in data.options.items()}
-            self.data[name] = READERS[data.kind](data.path, transform=loaded.transform, modalities=("image",), **options)
+    def __init__(self, run: _Run) -> None:
+        self.run, self.config, self.steps = run, run.config, run.settings.steps
+        self.every = self.config.train.evaluate_every or self.steps
+        self.file = self.config.output / "evaluation.jsonl"
+        self.data = {
+            name: read(data, run.loaded, transform=run.loaded.transform, modalities=("image",))
+            for name, data in self.config.evaluation.items()
+        }
+
+    def before(self) -> None:
+        """The model as it comes, step 0, unless that was done before."""
+        if self.data and checkpoint.latest(self.run.checkpoints) is None:
+            self.run.model.to(self.run.accelerator.device)
+            self._evaluate(0)
 
     def after(self, step: int) -> None:
         """Evaluate, if it is time."""
-        if not self.data or (step % self.every and step != self.steps):
+        if self.data and (step % self.every == 0 or step == self.steps):
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        if self.run.accelerator.is_main_process:
+            found = self._measured(self.run.loaded.model, getattr(self.run.model, NAME, None))
+            before = [entry for entry in self.entries() if entry["step"] < step]
+            trained = [entry for entry in before if entry["step"]]
+            name = self.config.best
+            if step and name is not None and all(found[name]["accuracy"] > entry[name]["accuracy"] for entry in trained):
+                self.run.export(self.config.output / "best")
+            self._write([*before, {"step": step, **found}])
+        self.run.accelerator.wait_for_everyone()
+
+    def report(self, mixture: Path) -> None:
+        """Evaluate the mixture with the model at the start, and print what was learned and what was lost."""
+        if not self.data:
             return
-        if self.accelerator.is_main_process:
-            workers = self.config.train.workers
-            found = {name: evaluate(self.loaded.model, data, self.loaded.tokenizer, workers=workers) for name, data in self.data.items()}
-            before = [entry for entry in map(json.loads, _whole_lines(self.file)) if entry["step"] < step]
-            if (name := self.config.best) is not None and all(found[name]["accuracy"] > entry[name]["accuracy"] for entry in before):
-                to_open_clip(merge_adapters(copy.deepcopy(self.loaded.model)), self.loaded.config, self.config.output / "best")
-            lines = [json.dumps(entry) for entry in [*before, {"step": step, **found}]]
-            write_file(self.file, "".join(f"{line}\n" for line in lines).encode())
-        self.accelerator.wait_for_everyone()
+        head = load_head(mixture)
+        device = self.run.accelerator.device
+        found = self._measured(load(str(mixture)).model.to(device), None if head is None else head[0].to(device))
+        entries = [entry for entry in self.entries() if "ensemble" not in entry]
+        self._write([*entries, {"step": self.steps, "ensemble": self.config.ensemble, **found}])
+        for name in self.data:
+            start, *_, end = (entry[name]["accuracy"] for entry in (entries[0], *entries))
+            print(f"{name}: {start:.1f} % -> {end:.1f} % ({end - start:+.1f}); ensemble {found[name]['accuracy']:.1f} %")
 
+    def _measured(self, model: nn.Module, head: nn.Module | None) -> dict[str, dict[str, float]]:
+        workers, tokenizer = self.config.train.workers, self.run.loaded.tokenizer
+        return {
+            name: evaluate(model, data, tokenizer, workers=workers, head=head if tuple(data.classes) == self.run.classes else None)
+            for name, data in self.data.items()
+        }
 
-class _Log:
-    """metrics.jsonl and a progress bar, by the main process."""
+    def entries(self) -> list[dict[str, Any]]:
+        """What evaluation.jsonl has so far."""
+        return list(map(json.loads, whole_lines(self.file)))
 
-    def __init__(self, folder: Path, steps: int, accelerator: Accelerator) -> None:
-        self.file, self.main = folder / "metrics.jsonl", accelerator.is_main_process
-        self.bar = tqdm(total=steps, unit="steps", disable=not self.main)
-        self.started = False
-
-    def add(self, entry: dict[str, float]) -> None:
-        if not self.main:
-            return
-        if not self.started:
-            self.started = True
-            kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] < entry["step"]]  # later ones are made again
-            write_file(self.file, "".join(f"{line}\n" for line in kept).encode())
-            self.bar.update(int(entry["step"]) - 1)
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.bar.update(1)
-        self.bar.set_postfix({key: f"{value:.3g}" for key, value in entry.items() if key != "step"}, refresh=False)
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """Of a text file that may not be there: a kill may have cut the last."""
-    content = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return content[: content.rfind("\n") + 1].splitlines()
+    def _write(self, entries: list[dict[str, Any]]) -> None:
+        write_file(self.file, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from geomreg.checks import check_count, check_positive
 
-__all__ = ["Lora", "Model", "ModelConfig", "clamp_logit_scale", "freeze", "load", "merge_adapters"]
+__all__ = ["Lora", "Model", "ModelConfig", "clamp_logit_scale", "compile_blocks", "freeze", "load", "merge_adapters", "model_folder"]
 
 ADAPTED = ("c_fc", "c_proj")  # the MLP layers of open_clip's transformers
 
@@ -45,8 +46,9 @@ class ModelConfig:
     """What is trained.
 
     Attributes:
-        name: of an open_clip model, or a folder with open_clip_config.json and weights.
+        name: of an open_clip model, a folder with open_clip_config.json and weights, or ``emojiclip``, the quickstart's small CLIP.
         pretrained: tag or file of the weights; not for a folder.
+        learning_rates: lowest and highest that are usual for this model; a learning rate far above warns.
         frozen: towers (``"image"``, ``"text"``) or prefixes of parameter names that are not trained.
         logit_scale: trained or frozen.
         max_logit_scale: clamp it after each step (CLIP's 100); None: FLYP does not.
@@ -55,6 +57,7 @@ class ModelConfig:
 
     name: str
     pretrained: str | None = None
+    learning_rates: tuple[float, float] | None = None
     frozen: tuple[str, ...] = ()
     logit_scale: Literal["trained", "frozen"] = "trained"
     max_logit_scale: float | None = None
@@ -84,18 +87,23 @@ class Model:
     tokenizer: Callable[..., Any]
 
 
+def model_folder() -> Path:
+    """Folder of the checkpoint that comes with geomreg, EmojiCLIP."""
+    return Path(str(resources.files("geomreg.integrations.quickstart") / "model"))
+
+
 def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] = (0.9, 1.0)) -> Model:
     """A pre-trained open_clip model by name, or from a folder.
 
     Args:
-        name: one of ``open_clip.list_models()``, ``hf-hub:...``, or a folder.
+        name: one of ``open_clip.list_models()``, ``hf-hub:...``, a folder, or ``emojiclip``.
         pretrained: tag or file of the weights; not for a folder or a hub.
         crop: scale of the random crops in training; FLYP's.
 
     Raises:
         ValueError: an unknown name, no weights, or weights beside a folder.
     """
-    folder = Path(name)
+    folder = model_folder() if name == "emojiclip" else Path(name)
     if folder.is_dir():
         if pretrained is not None:
             raise ValueError(f"load: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
@@ -190,6 +198,19 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             module.merge(safe_merge=True)
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, module.base_layer)
+    return model
+
+
+def compile_blocks(model: nn.Module) -> nn.Module:
+    """``torch.compile`` for each block of the towers, in place: blocks of one kind are compiled once, and weights keep their names.
+
+    The last projections stay as they are, so that they still run in fp32.
+    """
+    for module in model.modules():
+        blocks = list(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+        if len(blocks) > 1 and all(type(block) is type(blocks[0]) and any(block.children()) for block in blocks):
+            for block in blocks:
+                block.compile()
     return model
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: a target loss, and optionally a regularizer on reference data, on accelerate."""
+"""The one training loop: a target loss, and optionally regularizers on target and reference data, on accelerate."""
 
 import math
 import sys
@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from geomreg.checks import check_count
 from geomreg.compose import WeightedSum
 from geomreg.integrations.open_clip import embed, unwrap
-from geomreg.integrations.recipes import checkpoint
+from geomreg.integrations.recipes import checkpoint, head
+from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
+from geomreg.precision import at_least_fp32
 from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.step import backward
 from geomreg.teacher import Teacher
-from geomreg.types import Embeddings, Terms
+from geomreg.types import Embeddings
 
-__all__ = ["Batch", "Batches", "Checkpoints", "RunStoppedError", "Settings", "contrastive", "encode", "finetune"]
+__all__ = ["Batch", "Batches", "Checkpoints", "RunStoppedError", "Settings", "encode", "finetune"]
 
-Batch = dict[str, Any]  # "image" (B, 3, H, W), "text" token ids (B, L); for a cached teacher also "id", B of them
+Batch = dict[str, Any]  # "image" (B, 3, H, W), "text" token ids (B, L), or one of them; "label" (B,); for a cached teacher "id", B of them
 Batches = Callable[[int], Iterator[Batch]]  # endless batches from the one with this number on
+Banks = Callable[[int], Iterator[Tensor]]  # (M, D) constant text embeddings for each step from the one with this number on
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Settings:
         regularize_every: the regularizer on every so many steps, with so many times its weight. Keeps the mean of its gradient only:
             the spikes inflate Adam's second moment, and a running mean moves as seldom (take its decay to this power). A smaller reference
             batch at every step saves as much and is the better way.
+        average_every: end with the mean of the weights at the start and after each so many steps (ZSCL: 100); None: with the last.
     """
 
     steps: int
@@ -57,10 +60,12 @@ class Settings:
     chunk_size: int | None = None
     unique_texts: bool = False
     regularize_every: int = 1
+    average_every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None:
-            check_count("Settings", "chunk_size", self.chunk_size, 1)
+        for option in ("chunk_size", "average_every"):
+            if getattr(self, option) is not None:
+                check_count("Settings", option, getattr(self, option), 1)
         check_count("Settings", "regularize_every", self.regularize_every, 1)
 
     def rate(self, step: int) -> float:
@@ -99,12 +104,6 @@ def encode(model: nn.Module, batch: Batch) -> Embeddings:
     return embed(model, batch.get("image"), batch.get("text"))
 
 
-def contrastive(accelerator: Accelerator) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FLYP's symmetric contrastive loss over the batches of all processes, by open_clip."""
-    several = accelerator.num_processes > 1
-    return ClipLoss(local_loss=several, gather_with_grad=several, rank=accelerator.process_index, world_size=accelerator.num_processes)
-
-
 def finetune(
     model: nn.Module,
     target: Batches,
@@ -114,6 +113,8 @@ def finetune(
     reference: Batches | None = None,
     teacher: Teacher | None = None,
     target_regularizer: WeightedSum | None = None,
+    loss: TargetLoss | None = None,
+    texts: Banks | None = None,
     accelerator: Accelerator | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
@@ -121,22 +122,27 @@ def finetune(
 ) -> nn.Module:
     """Fine-tune an open_clip model in place; returns it, unwrapped, in evaluation mode.
 
-    Each step runs the contrastive loss on a target batch and, given a regularizer, its value on a reference batch; the two
+    Each step runs the target loss on a target batch and, given a regularizer, its value on a reference batch; the two
     backward passes follow one another (:func:`geomreg.backward`), so the activations of the two batches never coexist.
 
     Args:
         model: open_clip model, trained in place.
-        target: ``target(k)`` gives endless batches of image-text pairs from number k on.
+        target: ``target(k)`` gives endless batches from number k on: image-text pairs, or what ``loss`` takes.
         settings: optimisation.
         regularizer: terms on the reference batch; needs ``reference``, and ``teacher`` if some term does.
-        reference: likewise of generic pairs.
+        reference: likewise of generic pairs, or of images or texts alone where the terms need no more.
         teacher: the frozen model; sees the reference batches, and the target batches if there are terms on them that need it.
         target_regularizer: terms on the target batch, beside its loss; needs a teacher that is not cached if one of them does.
+        loss: on the target batch; by default :class:`~geomreg.integrations.recipes.losses.Contrastive`.
+        texts: banks for the terms that take ``texts=``.
         accelerator: by default a new one: device, precision and processes as launched.
         checkpoints: save everything that the run needs, and go on from the newest checkpoint if there is one: on a CPU the losses and
             weights are then bitwise those of a run that was never interrupted.
-        on_step: called after each step with ``step``, ``loss``, ``regularizer`` (weighted) and one entry per term, means over the
-            processes.
+        on_step: called after each step with ``step``; ``loss`` of the target with its terms; ``regularizer``, the weighted sum on the
+            reference; for each term its value under its name, times its weight as ``<term>/weighted``, and the norm of its running mean,
+            if it has one, as ``<term>/mean_norm``; ``gradient_ratio``, the norm of the terms' gradient with respect to the embeddings
+            by that of the target loss (as :class:`~geomreg.schedules.BalancedWeight` measures it); ``logit_scale``; and
+            ``learning_rate``. Losses and terms are means over the processes.
         should_stop: asked after each step; if true in some process, the run is saved and :class:`RunStoppedError` raised.
 
     Raises:
@@ -160,27 +166,24 @@ def finetune(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    contrast = contrastive(accelerator)
+    loss = loss or Contrastive(unwrap(wrapped), accelerator)
     for part in (regularizer, target_regularizer, teacher):
         if part is not None:
             part.to(accelerator.device)
             part.train()
     wrapped.train()
     scale: Callable[[Tensor], Tensor] = accelerator.scaler.scale if accelerator.scaler is not None else lambda loss: loss
-    logit_scale = unwrap(wrapped).logit_scale
     options: dict[str, Any] = {
         "chunk_size": settings.chunk_size or sys.maxsize,
         "model": wrapped,
-        "parameters": [logit_scale] if logit_scale.requires_grad else [],
+        "parameters": [value for name, value in unwrap(wrapped).named_parameters() if value.requires_grad and name.startswith(_OUTSIDE)],
         "scale": scale,
     }
+    average = None if settings.average_every is None else _WeightMean(unwrap(wrapped))
 
     def encoded(batch: Batch) -> Embeddings:
         with accelerator.autocast():
             return encode(wrapped, batch)
-
-    def loss_fn(image: Tensor, text: Tensor) -> Tensor:
-        return contrast(image, text, logit_scale.exp())
 
     def state() -> dict[str, Any]:
         return {
@@ -191,6 +194,7 @@ def finetune(
             "regularizer": {} if regularizer is None else regularizer.state_dict(),
             "target_regularizer": {} if target_regularizer is None else target_regularizer.state_dict(),
             "teacher": {} if teacher is None else teacher.state_dict(),
+            "average": {} if average is None else average.state_dict(),
         }
 
     start = 0
@@ -200,40 +204,55 @@ def finetune(
         for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", accelerator.scaler)):
             if part is not None:
                 part.load_state_dict(checkpoint.read(saved, name))
-        for name, stateful in (("regularizer", regularizer), ("target_regularizer", target_regularizer), ("teacher", teacher)):
+        parts = {"regularizer": regularizer, "target_regularizer": target_regularizer, "teacher": teacher, "average": average}
+        for name, stateful in parts.items():
             if stateful is not None:
                 stateful.load_state_dict(checkpoint.read(saved, name))
     target_batches = target(start)
     reference_batches = None if reference is None else reference(-(-start // settings.regularize_every))
+    banks = None if texts is None else texts(start)
     for step in range(start, settings.steps):
         optimizer.zero_grad()
         value = torch.zeros((), device=accelerator.device)
         regularized = regularizer is not None and step % settings.regularize_every == 0
+        bank = None if banks is None else next(banks)
+        norms = _GradientNorms(accelerator.device)
         batch = _moved(next(target_batches), accelerator.device)
         frozen = None
         if teacher is not None and target_regularizer is not None and target_regularizer.needs_teacher:
             with accelerator.autocast():
                 frozen = teacher(batch)
-        terms, loss = _contrasted(encoded, batch, frozen, loss_fn, target_regularizer, settings, {**options, "sync": not regularized})
+        given = partial(_inputs, target_regularizer, wrapped, bank)
+        last = {**options, "sync": not regularized}
+        terms, of_target = _targeted(encoded, batch, frozen, loss, target_regularizer, settings, step, given, norms, last)
         del batch, frozen
-        # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names the logit scale.
+        # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names what that one used.
         if regularized and regularizer is not None and reference_batches is not None:
             batch, frozen = _moved(next(reference_batches), accelerator.device), None
             if teacher is not None and regularizer.needs_teacher:
                 with accelerator.autocast():
                     frozen = teacher(batch)
-            of_reference, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, options)
+            given = partial(_inputs, regularizer, wrapped, bank)
+            of_reference, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, given, norms, options)
             terms |= of_reference
             del batch, frozen
-        record = {**terms, "loss": loss, "regularizer": value, "stop": torch.tensor(float(should_stop()), device=loss.device)}
-        means = accelerator.reduce(torch.stack([one.to(loss.dtype) for one in record.values()]), reduction="mean").tolist()
-        entry: dict[str, float] = {"step": step + 1, **dict(zip(record, means, strict=True))}
+        record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": unwrap(wrapped).logit_scale.exp(), **norms.squares()}
+        record |= {f"{name}/mean_norm": mean.norm() for name, mean in _running_means(regularizer, target_regularizer)}
+        record["stop"] = torch.tensor(float(should_stop()))
+        entry = {"step": step + 1, **_numbers(record, accelerator), "learning_rate": optimizer.param_groups[0]["lr"]}
         stopping = entry.pop("stop") > 0
+        of_terms, of_loss = entry.pop("regularizer_square"), entry.pop("task_square")
+        if regularizer is not None or target_regularizer is not None:
+            entry["gradient_ratio"] = math.sqrt(of_terms / of_loss) if of_loss > 0 else math.nan
         if not math.isfinite(entry["loss"] + entry["regularizer"]):  # on all processes, or none
             raise RuntimeError(
                 f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. "
                 "Lower the learning rate or the weight."
             )
+        for part in (regularizer, target_regularizer):
+            for name, weight in (part.weights if part is not None else {}).items():
+                if name in entry:
+                    entry[f"{name}/weighted"] = weight * entry[name]
         if settings.clip_norm is not None:
             accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_norm)
         optimizer.step()
@@ -246,9 +265,14 @@ def finetune(
             for part in (regularizer, target_regularizer):
                 if part is not None:
                     part.discard()
+        done = step + 1
+        if average is not None and settings.average_every is not None:
+            if done % settings.average_every == 0:
+                average.add()
+            if done == settings.steps:
+                average.put()
         if on_step is not None:
             on_step(entry)
-        done = step + 1
         if checkpoints is not None and (stopping or done % checkpoints.every == 0 or done == settings.steps):
             _save(checkpoints, done, settings, accelerator, state())
         if stopping and done < settings.steps:
@@ -293,71 +317,159 @@ def _regularized(
     frozen: Embeddings | None,
     regularizer: WeightedSum,
     factor: int,
+    given: Callable[[], dict[str, Tensor]],
+    norms: "_GradientNorms",
     options: dict[str, Any],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
     parts: dict[str, Tensor] = {}
-    given = partial(_inputs, regularizer, options["model"])
 
-    def of(terms: Terms, share: float) -> Tensor:
+    def of(embeddings: Embeddings, teacher: Embeddings | None, share: float) -> Tensor:
+        terms = regularizer.terms(norms.watch(embeddings, "regularizer"), teacher, **given())
         for name, part in terms.parts.items():
             parts[name] = parts.get(name, 0.0) + share * part
         return factor * terms.total
 
     inputs = {key: batch[key] for key in ("image", "text") if key in batch}
     rows = len(next(iter(inputs.values())))
-    if len(inputs) == 1:  # DDP waits for every parameter, those of the other tower too
+    if len(inputs) == 1 or _on_parameters(regularizer):  # DDP waits for every parameter, those of the other tower too
         options = {**options, "parameters": [value for value in options["model"].parameters() if value.requires_grad]}
     if regularizer.separable:
-
-        def loss_fn(embeddings: Embeddings, index: Tensor) -> Tensor:
-            rows_of_teacher = None if frozen is None else Embeddings(*(None if value is None else value[index] for value in frozen))
-            return of(regularizer.terms(embeddings, rows_of_teacher, **given()), len(index) / rows)
-
-        total = backward(encoded, inputs, loss_fn, separable=True, **options)
+        total = backward(encoded, inputs, lambda e, index: of(e, _rows(frozen, index), len(index) / rows), separable=True, **options)
     else:
-        total = backward(encoded, inputs, lambda embeddings: of(regularizer.terms(embeddings, frozen, **given()), 1.0), **options)
+        total = backward(encoded, inputs, lambda e: of(e, frozen, 1.0), **options)
     return parts, total / factor
 
 
-def _contrasted(
+def _targeted(
     encoded: Callable[[Batch], Embeddings],
     batch: Batch,
     frozen: Embeddings | None,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss: TargetLoss,
     regularizer: WeightedSum | None,
     settings: Settings,
+    step: int,
+    given: Callable[[], dict[str, Tensor]],
+    norms: "_GradientNorms",
     options: dict[str, Any],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Unweighted terms on a target batch, and its contrastive loss with their weighted sum; adds the gradient."""
+    """Unweighted terms on a target batch, and its loss with their weighted sum; adds the gradient."""
     parts: dict[str, Tensor] = {}
-    if regularizer is not None and any(isinstance(term, _ON_PARAMETERS) for term in regularizer.regularizers.values()):
+    images = len(batch["image"])
+    if regularizer is not None and _on_parameters(regularizer):
         options = {**options, "parameters": [value for value in options["model"].parameters() if value.requires_grad]}
 
-    def total(image: Tensor, text: Tensor) -> Tensor:
-        loss = loss_fn(image, text)
+    def total(image: Tensor, text: Tensor | None, teacher: Embeddings | None, batch: Batch) -> Tensor:
+        task = norms.watch(Embeddings(image, text), "task")
+        value = loss(task.image, task.text, batch)
         if regularizer is None:
-            return loss
-        terms = regularizer.terms(Embeddings(image, text), frozen, **_inputs(regularizer, options["model"]))
-        parts.update(terms.parts)
-        return loss + terms.total
+            return value
+        seen = norms.watch(Embeddings(image, loss.paired(text, batch)), "regularizer")
+        terms = regularizer.terms(seen, teacher, **given())
+        for name, part in terms.parts.items():
+            parts[name] = parts.get(name, 0.0) + len(image) / images * part
+        return value + terms.total
 
-    inputs = {key: batch[key] for key in ("image", "text")}
-    if not settings.unique_texts:
-        loss = backward(encoded, inputs, lambda e: total(*e), **options)
-    else:
-        texts, row = inputs["text"].unique(dim=0, return_inverse=True)
-        towers = [(encoded, {"image": inputs["image"]}), (encoded, {"text": texts})]
-        loss = backward(towers, None, lambda e: total(e.image, e.text[row]), **options)
-    return parts, loss
+    texts = loss.texts(batch, step)
+    if texts is None and loss.separable and (regularizer is None or regularizer.separable):
+
+        def loss_fn(e: Embeddings, index: Tensor) -> Tensor:
+            rows = {key: value[index] if isinstance(value, Tensor) else value for key, value in batch.items()}
+            return total(e.image, None, _rows(frozen, index), rows)
+
+        return parts, backward(encoded, {"image": batch["image"]}, loss_fn, separable=True, **options)
+    if texts is None:
+        return parts, backward(encoded, {"image": batch["image"]}, lambda e: total(e.image, None, frozen, batch), **options)
+    if len(texts) == images and not settings.unique_texts:
+        inputs = {"image": batch["image"], "text": texts}
+        return parts, backward(encoded, inputs, lambda e: total(*e, frozen, batch), **options)
+    row = torch.arange(len(texts), device=texts.device)
+    if settings.unique_texts:
+        texts, row = texts.unique(dim=0, return_inverse=True)
+    towers = [(encoded, {"image": batch["image"]}), (encoded, {"text": texts})]
+    return parts, backward(towers, None, lambda e: total(e.image, e.text[row], frozen, batch), **options)
 
 
-_ON_PARAMETERS = (WeightAnchor, ProjectionOrthogonality)
+_OUTSIDE = ("logit_scale", "logit_bias", f"{head.NAME}.")  # parameters that losses use outside of the model's forward
 
 
-def _inputs(regularizer: WeightedSum, model: nn.Module) -> dict[str, Tensor]:
-    """The live logit scale, for terms that take it."""
-    return {"logit_scale": unwrap(model).logit_scale.exp()} if "logit_scale" in regularizer.inputs else {}
+def _on_parameters(regularizer: WeightedSum) -> bool:
+    return any(isinstance(term, (WeightAnchor, ProjectionOrthogonality)) for term in regularizer.regularizers.values())
+
+
+def _running_means(*regularizers: WeightedSum | None) -> Iterator[tuple[str, Tensor]]:
+    for regularizer in regularizers:
+        for name, term in regularizer.regularizers.items() if regularizer is not None else ():
+            if isinstance(mean := getattr(term, "mean", None), Tensor):
+                yield name, mean
+
+
+def _rows(embeddings: Embeddings | None, index: Tensor) -> Embeddings | None:
+    return None if embeddings is None else Embeddings(*(None if value is None else value[index] for value in embeddings))
+
+
+def _inputs(regularizer: WeightedSum | None, model: nn.Module, bank: Tensor | None) -> dict[str, Tensor]:
+    """What the terms take beside embeddings: live logit scale and bias, a bank of texts."""
+    plain = unwrap(model)
+    found = {"logit_scale": plain.logit_scale.exp(), "logit_bias": getattr(plain, "logit_bias", None), "texts": bank}
+    wanted = () if regularizer is None else regularizer.inputs
+    return {key: value for key, value in found.items() if key in wanted and value is not None}
+
+
+def _numbers(record: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """Means over the processes, on the host."""
+    values = torch.stack([value.detach().reshape(()).to(accelerator.device, torch.float64) for value in record.values()])
+    return dict(zip(record, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+
+class _GradientNorms:
+    """Squared norms of the gradients that reach embeddings through views of them, summed over the views of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = {role: torch.zeros((), device=device) for role in ("task", "regularizer")}
+
+    def watch(self, embeddings: Embeddings, role: str) -> Embeddings:
+        def record(gradient: Tensor) -> None:
+            self.sums[role] = self.sums[role] + gradient.detach().float().square().sum()
+
+        views = [None if value is None else value.view_as(value) for value in embeddings]
+        for view in views:
+            if view is not None and view.requires_grad:
+                view.register_hook(record)
+        return Embeddings(*views)
+
+    def squares(self) -> dict[str, Tensor]:
+        return {f"{role}_square": value for role, value in self.sums.items()}
+
+
+class _WeightMean:
+    """Mean of the weights at the start and each time that :meth:`add` is called, in fp32 or wider."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.count = model, 1
+        self.sums = {name: at_least_fp32(value.detach()).clone() for name, value in self._live()}
+
+    def _live(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+    @torch.no_grad()
+    def add(self) -> None:
+        self.count += 1
+        for name, value in self._live():
+            self.sums[name] += value.to(self.sums[name].dtype)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """The mean in the place of the model's weights."""
+        for name, value in self._live():
+            value.copy_(self.sums[name] / self.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = int(state["count"])
+        self.sums = {name: value.to(self.sums[name].device) for name, value in state["sums"].items()}
 
 
 def _moved(batch: Batch, device: Any) -> Batch:

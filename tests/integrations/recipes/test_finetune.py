@@ -61,7 +61,7 @@ def config(data, output, *, method=DIVE, kind="csv", **changes):
     train = {"steps": 4, "batch_size": 8, "learning_rate": 1e-4, "warmup_steps": 1, "workers": 0, "save_every": 2}
     paths = {"csv": data / "pairs.tsv", "folder": data / "classes", "tar": data / "shards" / "*.tar"}
     model = changes.pop("model", ModelConfig(str(model_folder())))
-    others = {key: changes.pop(key) for key in ("evaluation", "best") if key in changes}
+    others = {key: changes.pop(key) for key in ("evaluation", "best", "texts", "ensemble", "trackers") if key in changes}
     train = TrainConfig(**{**train, **changes})
     reference = DataConfig("csv", str(data / "pairs.tsv")) if method.terms else None
     return Config(model, DataConfig(kind, str(paths[kind])), train, output, method, reference, device="cpu", **others)
@@ -92,6 +92,7 @@ def test_every_kind_of_target(data, tmp_path, kind):
         "metrics.jsonl",
         "checkpoints",
         "model",
+        "ensemble",
     }
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["betas"] == [0.9, 0.999]
 
@@ -109,7 +110,7 @@ def test_every_shipped_method_from_the_command_line(data, tmp_path, method):
         "--target.path",
         str(data / "pairs.tsv"),
     ]
-    if method not in ("flyp", "cyclip", "l2-sp"):
+    if method not in ("flyp", "cyclip", "l2-sp", "vanilla", "lp-ft", "lipsum-ft", "car-ft"):
         arguments += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
     train = {"steps": 2, "batch_size": 8, "warmup_steps": 1, "workers": 0, "learning_rate": 1e-4}
     arguments += [part for key, value in train.items() for part in (f"--train.{key}", str(value))]
@@ -211,7 +212,9 @@ def test_terms_on_the_target(data, tmp_path, options):
         method = MethodConfig("mix", DIVE.terms, target_terms)
         finetune_from(config(data, tmp_path / name, method=method, kind="folder", **changes))
         ends.append(logged(tmp_path / name))
-    assert ends[0][0].keys() == {"step", "loss", "regularizer", "dive", "cyclic", "gram", "anchor"}
+    names = {"dive", "cyclic", "gram", "anchor"}
+    further = {"step", "loss", "regularizer", "learning_rate", "logit_scale", "gradient_ratio", "dive/mean_norm"}
+    assert ends[0][0].keys() == names | {f"{name}/weighted" for name in names} | further
     assert ends[0][0]["gram"] == pytest.approx(0, abs=1e-8)
     assert ends[0][3]["gram"] > 1e-6
     assert ends[0][3]["anchor"] > 0
@@ -258,18 +261,23 @@ def test_evaluation_and_the_best_model(data, tmp_path):
     options = {"kind": "folder", "evaluation": evaluation, "best": "id", "evaluate_every": 3, "steps": 8, "learning_rate": 1e-3}
     out = finetune_from(config(data, tmp_path / "run", **options))
     found = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in found] == [3, 6, 8]
+    mixed = found.pop()
+    assert [entry["step"] for entry in found] == [0, 3, 6, 8]
+    assert (mixed["step"], mixed["ensemble"]) == (8, 0.5)
+    start, *found = found
+    assert start["id"] == pytest.approx(evaluated(load(str(model_folder())), data))
+    assert mixed["id"] == pytest.approx(evaluated(load(str(tmp_path / "run" / "ensemble" / "alpha-0.50")), data))
     assert all(0 <= entry[name]["accuracy"] <= 100 for entry in found for name in evaluation)
     assert found[0]["id"] != found[0]["shift"] or found[1]["id"] != found[1]["shift"]
     best = load(str(tmp_path / "run" / "best"))
-    measured = evaluate(best.model, LabelledFolder(data / "classes", transform=best.transform), best.tokenizer)
-    assert measured == pytest.approx(max((entry["id"] for entry in found), key=lambda one: one["accuracy"]))
-    final = load(str(out))
-    assert evaluate(final.model, LabelledFolder(data / "classes", transform=final.transform), final.tokenizer) == pytest.approx(
-        found[-1]["id"]
-    )
+    assert evaluated(best, data) == pytest.approx(max((entry["id"] for entry in found), key=lambda one: one["accuracy"]))
+    assert evaluated(load(str(out)), data) == pytest.approx(found[-1]["id"])
     plain = finetune_from(config(data, tmp_path / "plain", **{key: options[key] for key in ("kind", "steps", "learning_rate")}))
     assert torch.equal(weights(out), weights(plain))  # looking changes nothing
+
+
+def evaluated(one, data):
+    return evaluate(one.model, LabelledFolder(data / "classes", transform=one.transform), one.tokenizer)
 
 
 def test_evaluation_by_hand(data):

@@ -1,0 +1,127 @@
+"""A linear classifier on the image embeddings: its start, where it is kept, and how it is written."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.data import collate
+from geomreg.integrations.recipes.evaluate import zero_shot_head
+
+__all__ = ["NAME", "attach_head", "linear_probe", "load_head", "take_head", "write_head", "zero_shot_classifier"]
+
+NAME = "classifier"  # the model's submodule, so that it is trained, saved and synchronised with the rest
+
+
+def zero_shot_classifier(model: nn.Module, tokens: Tensor) -> nn.Linear:
+    """The head that plain fine-tuning starts from: class embeddings times the logit scale, bias 0 (WiSE-FT, arXiv 2109.01903).
+
+    Args:
+        model: open_clip model.
+        tokens: ``(T, C, L)`` token ids of C classes in T templates.
+    """
+    weight = zero_shot_head(model, tokens) * model.logit_scale.detach().exp()
+    return _linear(weight, torch.zeros_like(weight[:, 0]))
+
+
+def linear_probe(
+    model: nn.Module,
+    dataset: Any,
+    start: nn.Linear,
+    accelerator: Accelerator,
+    *,
+    penalty: float = 1e-4,
+    steps: int = 200,
+    batch_size: int = 256,
+    workers: int = 0,
+    limit: int | None = None,
+) -> nn.Linear:
+    """Logistic regression on the frozen model's unit embeddings of un-augmented images: the first half of LP-FT (arXiv 2202.10054).
+
+    Minimises by L-BFGS the mean cross-entropy and ``penalty / 2`` times the squared distance of the weights to the start, in fp64.
+
+    Args:
+        model: open_clip model.
+        dataset: samples of ``image`` and ``label``; broken ones are left out.
+        start: where the search begins, the zero-shot head say.
+        accelerator: its processes share the work of embedding, and all end at the same head.
+        penalty: on the weights; larger than 0 keeps them finite where classes can be separated.
+        steps: of L-BFGS, at most.
+        batch_size: images at a time.
+        workers: loading processes.
+        limit: use the first so many samples alone.
+    """
+    rows = list(range(len(dataset) if limit is None else min(limit, len(dataset))))[accelerator.process_index :: accelerator.num_processes]
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    images, labels = [], []
+    loader = DataLoader(Subset(dataset, rows), batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
+    with torch.no_grad():
+        for batch in loader:
+            if batch["id"]:
+                images.append(embed(model, images=batch["image"].to(device)).image.cpu())
+                labels.append(batch["label"])
+    model.train(training)
+    parts = [(torch.cat(images), torch.cat(labels))] if images else []
+    parts = gather_object(parts) if accelerator.num_processes > 1 else parts
+    if not parts:
+        raise RuntimeError("linear_probe: expected samples that can be read, got none. Look at the data set.")
+    image = torch.cat([one for one, _ in parts]).to(device, torch.float64)
+    label = torch.cat([one for _, one in parts]).to(device)
+    first = start.weight.detach().to(device, torch.float64)
+    weight = first.clone().requires_grad_()
+    bias = start.bias.detach().to(device, torch.float64).requires_grad_()
+    search = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        value = F.cross_entropy(image @ weight.T + bias, label) + penalty / 2 * (weight - first).square().sum()
+        value.backward()
+        return value
+
+    search.step(loss)
+    return _linear(weight.detach().float(), bias.detach().float())
+
+
+def attach_head(model: nn.Module, head: nn.Linear) -> nn.Module:
+    """Make the head a submodule of the model, on its device; in place."""
+    model.add_module(NAME, head.to(next(model.parameters()).device))
+    return model
+
+
+def take_head(model: nn.Module) -> nn.Linear | None:
+    """Take the head off the model, in place, and return it; None if there is none."""
+    return model._modules.pop(NAME, None)  # type: ignore[return-value]
+
+
+def write_head(folder: Path, head: nn.Linear, start: nn.Linear, classes: Sequence[str]) -> None:
+    """``head.safetensors`` with ``weight`` (C, D), ``bias`` (C,) and where they started, and ``classes.json``."""
+    tensors = {"weight": head.weight, "bias": head.bias, "start.weight": start.weight, "start.bias": start.bias}
+    save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, folder / "head.safetensors")
+    (folder / "classes.json").write_text(json.dumps(list(classes), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def load_head(folder: Path) -> tuple[nn.Linear, nn.Linear, list[str]] | None:
+    """Head, its start, and the classes' names, as :func:`write_head` wrote them; None if there is no head."""
+    if not (folder / "head.safetensors").is_file():
+        return None
+    found = load_file(folder / "head.safetensors")
+    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    return _linear(found["weight"], found["bias"]), _linear(found["start.weight"], found["start.bias"]), classes
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])  # draws no random numbers
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return head

@@ -1,0 +1,134 @@
+"""The records of a run in its folder: configuration, environment, metrics."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from geomreg.integrations.recipes.config import Config
+from geomreg.shards import write_file
+
+__all__ = ["Log", "check_trackers", "claim", "whole_lines"]
+
+
+def claim(config: Config, accelerator: Accelerator) -> None:
+    """The run's folder, for this configuration alone."""
+    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    del resolved["dry_run"]
+    file = config.output / "config.json"
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if differing := _differing(before, resolved):
+            name, old, new = differing
+            raise ValueError(
+                f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. Use the same configuration, or "
+                "another output folder."
+            )
+        return
+    accelerator.wait_for_everyone()  # no process writes before all have looked
+    if accelerator.is_main_process:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_file(config.output / "environment.json", (json.dumps(_environment(), indent=1) + "\n").encode())
+        write_file(file, (json.dumps(resolved, indent=1) + "\n").encode())
+    accelerator.wait_for_everyone()
+
+
+def _differing(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first value, by its dotted name, in which two configurations differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if found := _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return None
+    return None if before == now else (name, before, now)
+
+
+def _environment() -> dict[str, Any]:
+    """Versions of packages and of the code."""
+    packages = ("geomreg", "torch", "open_clip_torch", "accelerate", "torchvision", "peft")
+    installed = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    commit = None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["git", "describe", "--always", "--dirty"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent, check=False)
+        commit = answer.stdout.strip() or None
+    return {"run": uuid.uuid4().hex[:8], "python": platform.python_version(), "packages": installed, "git": commit}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def check_trackers(trackers: tuple[str, ...]) -> None:
+    """The trackers are installed; accelerate would go on without."""
+    for name in trackers:
+        if find_spec(name) is None:
+            raise ValueError(f"finetune: expected {name} to be installed for its tracker, got none. Run pip install {name}.")
+
+
+class Log:
+    """metrics.jsonl, a progress bar, and the configured trackers; by the main process."""
+
+    def __init__(self, config: Config, steps: int, accelerator: Accelerator) -> None:
+        self.file, self.main, self.accelerator = config.output / "metrics.jsonl", accelerator.is_main_process, accelerator
+        self.bar = tqdm(total=steps, unit="steps", disable=not self.main)
+        self.started, self.tracked = False, bool(config.trackers)
+        if self.tracked:
+            environment = json.loads((config.output / "environment.json").read_text(encoding="utf-8"))
+            wandb = {"id": environment["run"], "name": config.output.name, "dir": str(config.output), "resume": "allow"}
+            accelerator.init_trackers("geomreg", dict(_flat(dataclasses.asdict(config))), {"wandb": wandb})
+
+    def add(self, entry: dict[str, float]) -> None:
+        """One step's numbers."""
+        if self.tracked:
+            self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=int(entry["step"]))
+        if not self.main:
+            return
+        if not self.started:
+            self.started = True
+            kept = [line for line in whole_lines(self.file) if json.loads(line)["step"] < entry["step"]]  # later ones are made again
+            write_file(self.file, "".join(f"{line}\n" for line in kept).encode())
+            self.bar.update(int(entry["step"]) - 1)
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.bar.update(1)
+        shown = {key: f"{value:.3g}" for key, value in entry.items() if "/" not in key and key not in _NOT_SHOWN}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def end(self) -> None:
+        """Close the bar and the trackers."""
+        self.bar.close()
+        if self.tracked:
+            self.accelerator.end_training()
+
+
+_NOT_SHOWN = ("step", "learning_rate", "logit_scale", "gradient_ratio")  # in the progress bar
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and plain values of a tree, as trackers take them."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from _flat(one, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def whole_lines(file: Path) -> list[str]:
+    """Of a text file that may not be there: a kill may have cut the last."""
+    content = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return content[: content.rfind("\n") + 1].splitlines()

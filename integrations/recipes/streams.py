@@ -1,0 +1,139 @@
+"""The data of a run: endless batches of its target and reference, and banks of texts."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from geomreg.integrations.recipes.config import LABELLED, READERS, Config, DataConfig
+from geomreg.integrations.recipes.data import RandomTexts, TarPairs
+from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
+from geomreg.integrations.recipes.models import Model
+from geomreg.integrations.recipes.train import Banks, Batches
+from geomreg.regularizers.text_guided import context_embeddings
+from geomreg.teacher import Teacher
+
+__all__ = ["Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "read", "reference_of"]
+
+BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a run
+
+
+def read(config: DataConfig, loaded: Model, *, transform: Callable[..., Any] | None, modalities: tuple[str, ...]) -> Any:
+    """The configured data set, with ``modalities`` in its samples."""
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+    if config.kind == "random_texts":
+        return RandomTexts(loaded.tokenizer, **options)
+    return READERS[config.kind](config.path, transform=transform, tokenizer=loaded.tokenizer, modalities=modalities, **options)
+
+
+def class_tokens(dataset: Any, loaded: Model) -> Tensor:
+    """``(T, C, L)`` token ids of the C classes of a labelled data set in its T templates."""
+    return torch.stack([loaded.tokenizer(dataset.class_texts(template)) for template in dataset.templates])
+
+
+def reference_of(config: Config) -> DataConfig | None:
+    """Where the reference data are: ``target`` means the target's own, without what belongs to its loss alone."""
+    found = config.reference
+    if found is not None and found.kind == "target":
+        return DataConfig(config.target.kind, config.target.path, config.target.options, found.modalities, config.target.subset)
+    return found
+
+
+class Stream:
+    """Endless batches of one data set, and what was broken in it.
+
+    Args:
+        config: of the data.
+        loaded: the model's tokenizer.
+        accelerator: its processes share each batch; None: each of them sees the same one.
+        size: of a batch, of all processes together.
+        seed: of order and augmentation.
+        transform: of images.
+        modalities: ``("image", "text")``, or one of them. The text of a labelled sample is in a random one of its templates.
+        workers: loading processes.
+
+    Raises:
+        ValueError: a batch that the processes cannot share, or that is larger than the data set.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        loaded: Model,
+        accelerator: Accelerator | None,
+        *,
+        size: int,
+        seed: int,
+        transform: Callable[..., Any] | None,
+        modalities: tuple[str, ...],
+        workers: int,
+    ) -> None:
+        rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        if size % ranks:
+            raise ValueError(f"finetune: expected a batch that {ranks} processes can share, got {size}. Choose a multiple of it.")
+        labelled = config.kind in LABELLED
+        templated = labelled and modalities == ("image", "text")
+        self.dataset = read(config, loaded, transform=transform, modalities=("image",) if templated else modalities)
+        self.drawn = Drawn(self.dataset, seed=seed, texts=class_tokens(self.dataset, loaded) if templated else None)
+        self.workers = workers
+        self.draws: Callable[[int], Draws] = lambda start: Draws(
+            len(self.dataset),
+            size // ranks,
+            seed=seed,
+            rank=rank,
+            ranks=ranks,
+            start=start,
+            groups=self.dataset.groups if isinstance(self.dataset, TarPairs) else None,
+        )
+        self.batches_an_epoch = self.draws(0).batches_an_epoch
+        self.seen, self.broken, self.listed = 0, [], 0
+
+    @property
+    def batches(self) -> Batches:
+        """For :func:`~geomreg.integrations.recipes.train.finetune`."""
+
+        def from_number(start: int) -> Iterator[dict[str, Any]]:
+            for batch in loader(self.drawn, self.draws(start), workers=self.workers):
+                self.seen += len(batch["id"])
+                self.broken += batch.pop("broken")
+                yield batch
+
+        return from_number
+
+    def check_broken(self, folder: Path) -> None:
+        """List new ones; raise when there are too many."""
+        if len(self.broken) > self.listed:
+            with open(folder / "broken.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(f"{message}\n" for message in self.broken[self.listed :])
+            self.listed = len(self.broken)
+        if len(self.broken) > max(BROKEN_LEAST, BROKEN_SHARE * self.seen):
+            raise RuntimeError(
+                f"finetune: expected at most {BROKEN_SHARE:.0%} of the samples to be broken, got {len(self.broken)} of {self.seen}, the "
+                f"first {self.broken[0]}. See {folder / 'broken.txt'}."
+            )
+
+
+def bank_of_texts(stream: Stream, teacher: Teacher, accelerator: Accelerator) -> Banks:
+    """Other texts at each step, the same on all processes, embedded by the teacher."""
+
+    def from_number(start: int) -> Iterator[Tensor]:
+        for batch in stream.batches(start):
+            with accelerator.autocast():
+                yield teacher({"text": batch["text"].to(accelerator.device)}).text
+
+    return from_number
+
+
+def bank_of_contexts(tokens: Tensor, teacher: Teacher, accelerator: Accelerator) -> Banks:
+    """At each step the K contexts of ``(K, C, L)`` token ids, embedded once by the teacher (CAR-FT, arXiv 2211.16175)."""
+
+    def from_number(start: int) -> Iterator[Tensor]:
+        with accelerator.autocast():
+            texts = torch.stack([teacher({"text": one.to(accelerator.device)}).text for one in tokens])
+        yield from itertools.repeat(context_embeddings(texts))
+
+    return from_number
