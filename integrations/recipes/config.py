@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from geomreg.checks import check_count, check_fraction, check_weight
-from geomreg.integrations.recipes.data import CocoCaptions, CsvPairs, Flickr8k, FMoW, IWildCam, LabelledFolder, RandomTexts, TarPairs
+from geomreg.integrations.recipes.data import CocoCaptions, CsvPairs, Flickr8k, FMoW, ImageNet, IWildCam, LabelledFolder, RandomTexts, TarPairs
 from geomreg.integrations.recipes.models import ModelConfig
 
 __all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "TermConfig", "TrainConfig", "check_options"]
@@ -16,6 +16,7 @@ __all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "TermConfig", "Tra
 READERS: dict[str, type[Any]] = {
     "csv": CsvPairs,
     "folder": LabelledFolder,
+    "imagenet": ImageNet,
     "tar": TarPairs,
     "coco": CocoCaptions,
     "flickr8k": Flickr8k,
@@ -31,9 +32,9 @@ class DataConfig:
     """A data set on the disk.
 
     Attributes:
-        kind: of files: ``csv`` (CSV or TSV of pairs), ``folder`` (a folder for each class), ``tar`` (WebDataset shards), ``coco``,
-            ``flickr8k``, ``iwildcam``, ``fmow`` (WILDS). Without files: ``target``, the target's own images and texts as reference, and
-            ``random_texts``, random tokens.
+        kind: of files: ``csv`` (CSV or TSV of pairs), ``folder`` (a folder for each class), ``imagenet`` (the same, with its class
+            names and templates), ``tar`` (WebDataset shards), ``coco``, ``flickr8k``, ``iwildcam``, ``fmow`` (WILDS). Without files:
+            ``target``, the target's own images and texts as reference, and ``random_texts``, random tokens.
         path: of the file or folder, or a pattern of shards.
         options: of the reader, by name; see its class in :mod:`geomreg.integrations.recipes.data`.
         modalities: of reference data: ``[image]`` or ``[text]`` alone where the method's terms need no more; by default all there are.
@@ -41,7 +42,7 @@ class DataConfig:
         captions: CSV or TSV file with a generated caption for each target image, for a method with ``caption_weight``.
     """
 
-    kind: Literal["csv", "folder", "tar", "coco", "flickr8k", "iwildcam", "fmow", "target", "random_texts"]
+    kind: Literal["csv", "folder", "imagenet", "tar", "coco", "flickr8k", "iwildcam", "fmow", "target", "random_texts"]
     path: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     modalities: tuple[Literal["image", "text"], ...] | None = None

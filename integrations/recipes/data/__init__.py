@@ -4,9 +4,21 @@ from geomreg.integrations.recipes.data.coco import CocoCaptions
 from geomreg.integrations.recipes.data.collate import collate
 from geomreg.integrations.recipes.data.flickr8k import Flickr8k
 from geomreg.integrations.recipes.data.folder import LabelledFolder
+from geomreg.integrations.recipes.data.imagenet import ImageNet
 from geomreg.integrations.recipes.data.pairs import CsvPairs
 from geomreg.integrations.recipes.data.random_texts import RandomTexts
 from geomreg.integrations.recipes.data.tar import TarPairs
 from geomreg.integrations.recipes.data.wilds import FMoW, IWildCam
 
-__all__ = ["CocoCaptions", "CsvPairs", "FMoW", "Flickr8k", "IWildCam", "LabelledFolder", "RandomTexts", "TarPairs", "collate"]
+__all__ = [
+    "CocoCaptions",
+    "CsvPairs",
+    "FMoW",
+    "Flickr8k",
+    "IWildCam",
+    "ImageNet",
+    "LabelledFolder",
+    "RandomTexts",
+    "TarPairs",
+    "collate",
+]

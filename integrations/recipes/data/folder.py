@@ -18,7 +18,7 @@ from geomreg.integrations.recipes.data.strings import Strings, fingerprint
 from geomreg.integrations.recipes.data.table import read_rows
 from geomreg.integrations.recipes.data.texts import Tokenizer, check_templates, fill
 
-__all__ = ["LabelledFolder"]
+__all__ = ["LabelledFolder", "class_folders"]
 
 
 class LabelledFolder(Dataset[dict[str, Any]]):
@@ -67,26 +67,21 @@ class LabelledFolder(Dataset[dict[str, Any]]):
         strict: bool = False,
         modalities: tuple[str, ...] | None = None,
     ) -> None:
-        self.modalities = check_reader("LabelledFolder", modalities, transform, tokenizer)
-        self.templates = check_templates("LabelledFolder", templates)
+        name = type(self).__name__
+        self.modalities = check_reader(name, modalities, transform, tokenizer)
+        self.templates = check_templates(name, templates)
         self.path = os.path.abspath(path)
         self.transform, self.tokenizer, self.strict = transform, tokenizer, strict
-        if not os.path.isdir(self.path):
-            raise FileNotFoundError(f"LabelledFolder: expected a folder of class folders, got none at {self.path}. Check the path.")
-        with os.scandir(self.path) as entries:
-            folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        if not folders:
-            raise FileNotFoundError(f"LabelledFolder: expected a folder for each class in {self.path}, got none. Check the path.")
+        folders = class_folders(name, self.path)
         parts = [Strings.pack(sorted(_images(os.path.join(self.path, folder), f"{folder}/"))) for folder in folders]
         counts = np.array([len(part) for part in parts])
         if not counts.any():
             raise FileNotFoundError(
-                f"LabelledFolder: expected images ({', '.join(IMG_EXTENSIONS)}) in the class folders of {self.path}, got none. "
-                "Check the path."
+                f"{name}: expected images ({', '.join(IMG_EXTENSIONS)}) in the class folders of {self.path}, got none. Check the path."
             )
         if not counts.all():
             empty = ", ".join(folder for folder, count in zip(folders, counts, strict=True) if not count)
-            raise ValueError(f"LabelledFolder: expected images in every class folder of {self.path}, got none in {empty}. Remove these.")
+            raise ValueError(f"{name}: expected images in every class folder of {self.path}, got none in {empty}. Remove these.")
         self.ids: Sequence[str] = Strings.concatenate(parts)
         self.labels = np.repeat(np.arange(len(folders)), counts)
         self.classes = _names(class_names, folders)
@@ -109,6 +104,17 @@ class LabelledFolder(Dataset[dict[str, Any]]):
         """For each modality a digest: of the ids, and for texts of class names and templates; ``path`` plays no part."""
         columns = {"image": (self.ids,), "text": (self.ids, self.classes, self.templates)}
         return {modality: fingerprint(*columns[modality]) for modality in self.modalities}
+
+
+def class_folders(name: str, path: str) -> list[str]:
+    """Names of the folders in ``path``, sorted, without hidden ones; at least one."""
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{name}: expected a folder of class folders, got none at {path}. Check the path.")
+    with os.scandir(path) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise FileNotFoundError(f"{name}: expected a folder for each class in {path}, got none. Check the path.")
+    return folders
 
 
 def _images(folder: str, prefix: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
