@@ -1,5 +1,6 @@
 """Readers of image-text data as map-style data sets of ``{"id", "image", "text", ...}``."""
 
+from geomreg.integrations.recipes.data.captioned import Captioned
 from geomreg.integrations.recipes.data.coco import CocoCaptions
 from geomreg.integrations.recipes.data.collate import collate
 from geomreg.integrations.recipes.data.flickr8k import Flickr8k
@@ -11,6 +12,7 @@ from geomreg.integrations.recipes.data.tar import TarPairs
 from geomreg.integrations.recipes.data.wilds import FMoW, IWildCam
 
 __all__ = [
+    "Captioned",
     "CocoCaptions",
     "CsvPairs",
     "FMoW",
@@ -19,6 +21,7 @@ __all__ = [
     "ImageNet",
     "LabelledFolder",
     "RandomTexts",
+    "Subset",
     "TarPairs",
     "collate",
 ]

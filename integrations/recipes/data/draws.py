@@ -101,7 +101,7 @@ class Drawn(Dataset[dict[str, Any]]):
         replaced: list[str] = []
         for k in range(TRIES):
             state = torch.get_rng_state()
-            torch.manual_seed(_seed(self.seed, epoch, row))
+            torch.default_generator.manual_seed(_seed(self.seed, epoch, row))  # torch.manual_seed would reseed the GPUs too
             try:
                 sample = self.dataset[(row + k) % len(self.dataset)]
                 template = 0 if self.texts is None else int(torch.randint(len(self.texts), ()))

@@ -16,11 +16,11 @@ from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerpri
 from geomreg.integrations.recipes.data.table import read_rows
 from geomreg.integrations.recipes.data.texts import Tokenizer
 
-__all__ = ["CAPTION_KEYS", "IMAGE_KEYS", "CsvPairs"]
+__all__ = ["CAPTION_KEYS", "ID_KEYS", "IMAGE_KEYS", "CsvPairs", "find_column"]
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file_name", "filename", "img")
 CAPTION_KEYS = ("title", "caption", "text", "label_text", "description")
-_ID_KEYS = ("id",)
+ID_KEYS = ("id",)
 
 
 class CsvPairs(Dataset[dict[str, Any]]):
@@ -77,12 +77,13 @@ class CsvPairs(Dataset[dict[str, Any]]):
         self.root = os.path.abspath(os.path.dirname(self.path) if root is None else root)
         self.transform, self.tokenizer, self.strict = transform, tokenizer, strict
         given = [key for key in (image_key, caption_key, id_key) if key is not None]
-        known = {key.casefold() for key in (*given, *IMAGE_KEYS, *CAPTION_KEYS, *_ID_KEYS)}
+        known = {key.casefold() for key in (*given, *IMAGE_KEYS, *CAPTION_KEYS, *ID_KEYS)}
         rows = read_rows("CsvPairs", self.path, separator=separator, known=known)
         header = [field.strip() for field in next(rows)[1]]
-        image = self._column(header, "image", image_key, IMAGE_KEYS, needed="image" in self.modalities)
-        caption = self._column(header, "caption", caption_key, CAPTION_KEYS, needed="text" in self.modalities)
-        identity = self._column(header, "id", id_key, _ID_KEYS, needed=False)
+        source = ("CsvPairs", self.path, header)
+        image = find_column(*source, "image", image_key, IMAGE_KEYS, needed="image" in self.modalities)
+        caption = find_column(*source, "caption", caption_key, CAPTION_KEYS, needed="text" in self.modalities)
+        identity = find_column(*source, "id", id_key, ID_KEYS, needed=False)
         wanted = {
             "path": image if "image" in self.modalities or identity is None else None,
             "caption": caption if "text" in self.modalities else None,
@@ -108,29 +109,6 @@ class CsvPairs(Dataset[dict[str, Any]]):
         self.ids: Sequence[str] = self._ids(columns.get("id"), id_key)
         if "image" in self.modalities:
             check_first_image("CsvPairs", self.path, self._image_path(0), "Pass root=, the images' folder.")
-
-    def _column(self, header: list[str], what: str, key: str | None, usual: tuple[str, ...], *, needed: bool) -> int | None:
-        listed = ", ".join(map(repr, header))
-        if key is None:
-            lower = [name.casefold() for name in header]
-            position = next((lower.index(name) for name in usual if name in lower), None)
-            if position is None and needed:
-                raise ValueError(
-                    f"CsvPairs: expected a column of {what}s in {self.path} ({', '.join(usual)}), got the columns {listed}. "
-                    f"Pass {what}_key=, or write a header as the first line."
-                )
-            if position is None:
-                return None
-            key = header[position]
-        if key not in header:
-            near = difflib.get_close_matches(key, header, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Pass one of these."
-            raise ValueError(f"CsvPairs: expected {what}_key as one of the columns {listed} of {self.path}, got {key!r}. {hint}")
-        if header.count(key) > 1:
-            raise ValueError(
-                f"CsvPairs: expected one column {key!r} in {self.path}, got {header.count(key)} among {listed}. Rename the others."
-            )
-        return header.index(key)
 
     def _ids(self, given: Strings | None, id_key: str | None) -> Strings:
         if given is not None:
@@ -174,3 +152,30 @@ class CsvPairs(Dataset[dict[str, Any]]):
         """For each modality a digest of the ids and of the captions or image paths as written, in order; root plays no part."""
         columns = {"image": self._paths, "text": self._captions}
         return {modality: fingerprint(self.ids, columns[modality]) for modality in self.modalities}
+
+
+def find_column(name: str, path: str, header: list[str], what: str, key: str | None, usual: tuple[str, ...], *, needed: bool) -> int | None:
+    """Position of the column ``key``, by default of the first of the ``usual`` names that the header has; None if it has none.
+
+    Raises:
+        ValueError: no such column, unless it is not ``needed``; two of this name.
+    """
+    listed = ", ".join(map(repr, header))
+    if key is None:
+        lower = [column.casefold() for column in header]
+        position = next((lower.index(column) for column in usual if column in lower), None)
+        if position is None and needed:
+            raise ValueError(
+                f"{name}: expected a column of {what}s in {path} ({', '.join(usual)}), got the columns {listed}. "
+                f"Pass {what}_key=, or write a header as the first line."
+            )
+        if position is None:
+            return None
+        key = header[position]
+    if key not in header:
+        near = difflib.get_close_matches(key, header, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "Pass one of these."
+        raise ValueError(f"{name}: expected {what}_key as one of the columns {listed} of {path}, got {key!r}. {hint}")
+    if header.count(key) > 1:
+        raise ValueError(f"{name}: expected one column {key!r} in {path}, got {header.count(key)} among {listed}. Rename the others.")
+    return header.index(key)
