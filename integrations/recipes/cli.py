@@ -76,7 +76,7 @@ def _with_shipped_files(arguments: list[str]) -> list[str]:
     shipped = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     found = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if before == "--config" and not Path(argument).exists():
+        if before == "--config" and not Path(argument).is_file():  # data/imagenet may well be a folder too
             if argument not in shipped:
                 near = difflib.get_close_matches(argument, shipped, n=1)
                 hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(shipped))}."

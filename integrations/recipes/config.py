@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from geomreg.checks import check_count, check_fraction, check_weight
-from geomreg.integrations.recipes.data import CocoCaptions, CsvPairs, Flickr8k, FMoW, ImageNet, IWildCam, LabelledFolder, RandomTexts, TarPairs
+from geomreg.integrations.recipes.data import (
+    CocoCaptions,
+    CsvPairs,
+    Flickr8k,
+    FMoW,
+    ImageNet,
+    IWildCam,
+    LabelledFolder,
+    RandomTexts,
+    TarPairs,
+)
 from geomreg.integrations.recipes.models import ModelConfig
 
 __all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "TermConfig", "TrainConfig", "check_options"]
@@ -197,7 +207,7 @@ class Config:
 
     Attributes:
         model: what is trained.
-        target: labelled images or image-text pairs to learn.
+        target: labelled images or image-text pairs to learn; for a classification, each different caption of a CSV file is a class.
         train: optimisation.
         output: folder of the run; one that is there goes on.
         method: what is kept.
@@ -232,12 +242,11 @@ class Config:
             raise ValueError(f"Config: expected reference data for the method's terms, got {got} ({self.method.name}). Set both or none.")
         if (self.method.teacher == "cached") != (self.method.cache is not None):
             raise ValueError("Config: expected method.cache with method.teacher=cached, got one without the other. Set both or none.")
-        uses = {f"the evaluation {name}": data for name, data in self.evaluation.items()}
-        if self.method.loss == "classification":
-            uses["the target of a classification"] = self.target
-        for name, data in uses.items():
+        for name, data in self.evaluation.items():
             if data.kind not in LABELLED:
-                raise ValueError(f"Config: expected labelled data for {name}, got {data.kind}. Use {', '.join(LABELLED)}.")
+                raise ValueError(f"Config: expected labelled data for the evaluation {name}, got {data.kind}. Use {', '.join(LABELLED)}.")
+        if self.method.loss == "classification" and self.target.kind not in (known := (*LABELLED, "csv")):
+            raise ValueError(f"Config: expected classes as target of {self.method.name}, got {self.target.kind}. Use {', '.join(known)}.")
         if self.target.kind not in READERS:
             raise ValueError(f"Config: expected files as target, got {self.target.kind}. Use one of {', '.join(READERS)}.")
         if bool(self.method.caption_weight) != (self.target.captions is not None):

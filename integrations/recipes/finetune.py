@@ -125,10 +125,9 @@ class _Run:
             raise ValueError(f"finetune: expected a teacher that {what}, got a cached one. Use teacher=frozen.")
         self.teacher = teacher if banked or any(one.needs_teacher for one in of_both) else None
 
-        def stream(data: Any, size: int, seed: int, modalities: tuple[str, ...], *, augment: bool = False, shared: bool = True) -> Stream:
-            transform = loaded.train_transform if augment else loaded.transform
-            options = {"size": size, "seed": train.seed + seed, "modalities": modalities, "workers": train.workers}
-            return Stream(data, loaded, accelerator if shared else None, transform=transform, **options)
+        def stream(data: Any, size: int, seed: int, modalities: tuple[str, ...], *, shared: bool = True, **options: Any) -> Stream:
+            options = {"transform": loaded.transform, "modalities": modalities, "workers": train.workers, **options}
+            return Stream(data, loaded, accelerator if shared else None, size=size, seed=train.seed + seed, **options)
 
         pairs, found = ("image", "text"), reference_of(config)
         seen = {"target": ("image",) if method.loss == "classification" else pairs}
@@ -137,11 +136,13 @@ class _Run:
             seen["reference"] = ("text",) if found.kind == "random_texts" else found.modalities or pairs
             check_needs("reference", self.regularizer, seen["reference"], model)
         check_needs("target", self.target_regularizer, seen["target"], model)
-        self.streams = {"target": stream(config.target, train.batch_size, 0, seen["target"], augment=True)}
+        labelled = method.loss == "classification"
+        options = {"transform": loaded.train_transform, "labelled": labelled}
+        self.streams = {"target": stream(config.target, train.batch_size, 0, seen["target"], **options)}
         if found is not None:
             self.streams["reference"] = stream(found, references, 1, seen["reference"])
         target = self.streams["target"].dataset
-        tokens = class_tokens(target, loaded) if config.target.kind in LABELLED else None
+        tokens = class_tokens(target, loaded) if labelled or config.target.kind in LABELLED else None
         self.texts: Banks | None = None
         if banked and self.teacher is not None and method.bank == "contexts":
             if tokens is None:
@@ -172,7 +173,7 @@ class _Run:
         start = zero_shot_classifier(self.model, tokens)
         found = copy.deepcopy(start)
         if method.head == "linear_probe" and checkpoint.latest(self.checkpoints) is None:  # it is in the checkpoints
-            dataset = read(self.config.target, self.loaded, transform=self.loaded.transform, modalities=("image",))
+            dataset = read(self.config.target, self.loaded, transform=self.loaded.transform, modalities=("image",), labelled=True)
             self.model.to(self.accelerator.device)
             limit = 256 if self.config.dry_run else None
             found = linear_probe(self.model, dataset, start, self.accelerator, workers=self.config.train.workers, limit=limit)
@@ -229,7 +230,7 @@ def _try(run: _Run) -> None:
     """A few steps that are thrown away, and what they say of the whole run."""
     ends: list[float] = []
     accelerator, settings = run.accelerator, run.settings
-    run.train(dataclasses.replace(settings, steps=4), on_step=lambda entry: ends.append(time.perf_counter()))
+    run.train(dataclasses.replace(settings, steps=4, average_every=None), on_step=lambda entry: ends.append(time.perf_counter()))
     if not accelerator.is_main_process:
         return
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)

@@ -120,7 +120,8 @@ def load_head(folder: Path) -> tuple[nn.Linear, nn.Linear, list[str]] | None:
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])  # draws no random numbers
+    with torch.random.fork_rng(devices=[]):  # its own start is not used
+        head = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)

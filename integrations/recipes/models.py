@@ -210,7 +210,7 @@ def compile_blocks(model: nn.Module) -> nn.Module:
         blocks = list(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
         if len(blocks) > 1 and all(type(block) is type(blocks[0]) and any(block.children()) for block in blocks):
             for block in blocks:
-                block.compile()
+                block.compile(dynamic=False)
     return model
 
 

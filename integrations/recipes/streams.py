@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from geomreg.integrations.recipes.config import LABELLED, READERS, Config, DataConfig
-from geomreg.integrations.recipes.data import RandomTexts, TarPairs
+from geomreg.integrations.recipes.data import Captioned, LabelledPairs, RandomTexts, Subset
 from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
 from geomreg.integrations.recipes.models import Model
 from geomreg.integrations.recipes.train import Banks, Batches
@@ -22,12 +22,18 @@ __all__ = ["Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "read"
 BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a run
 
 
-def read(config: DataConfig, loaded: Model, *, transform: Callable[..., Any] | None, modalities: tuple[str, ...]) -> Any:
-    """The configured data set, with ``modalities`` in its samples."""
+def read(
+    config: DataConfig, loaded: Model, *, transform: Callable[..., Any] | None, modalities: tuple[str, ...], labelled: bool = False
+) -> Any:
+    """The configured data set, with ``modalities`` in its samples; ``labelled`` makes classes of the captions of pairs."""
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     if config.kind == "random_texts":
         return RandomTexts(loaded.tokenizer, **options)
-    return READERS[config.kind](config.path, transform=transform, tokenizer=loaded.tokenizer, modalities=modalities, **options)
+    reader = LabelledPairs if labelled and config.kind == "csv" else READERS[config.kind]
+    dataset = reader(config.path, transform=transform, tokenizer=loaded.tokenizer, modalities=modalities, **options)
+    if config.captions is not None:
+        dataset = Captioned(dataset, config.captions, tokenizer=loaded.tokenizer)
+    return dataset if config.subset is None else Subset(dataset, config.subset)
 
 
 def class_tokens(dataset: Any, loaded: Model) -> Tensor:
@@ -55,6 +61,7 @@ class Stream:
         transform: of images.
         modalities: ``("image", "text")``, or one of them. The text of a labelled sample is in a random one of its templates.
         workers: loading processes.
+        labelled: make classes of the captions of pairs.
 
     Raises:
         ValueError: a batch that the processes cannot share, or that is larger than the data set.
@@ -71,13 +78,14 @@ class Stream:
         transform: Callable[..., Any] | None,
         modalities: tuple[str, ...],
         workers: int,
+        labelled: bool = False,
     ) -> None:
         rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         if size % ranks:
             raise ValueError(f"finetune: expected a batch that {ranks} processes can share, got {size}. Choose a multiple of it.")
-        labelled = config.kind in LABELLED
-        templated = labelled and modalities == ("image", "text")
-        self.dataset = read(config, loaded, transform=transform, modalities=("image",) if templated else modalities)
+        templated = config.kind in LABELLED and modalities == ("image", "text")
+        modalities = ("image",) if templated else modalities
+        self.dataset = read(config, loaded, transform=transform, modalities=modalities, labelled=labelled)
         self.drawn = Drawn(self.dataset, seed=seed, texts=class_tokens(self.dataset, loaded) if templated else None)
         self.workers = workers
         self.draws: Callable[[int], Draws] = lambda start: Draws(
@@ -87,7 +95,7 @@ class Stream:
             rank=rank,
             ranks=ranks,
             start=start,
-            groups=self.dataset.groups if isinstance(self.dataset, TarPairs) else None,
+            groups=self.dataset.groups if config.kind == "tar" else None,
         )
         self.batches_an_epoch = self.draws(0).batches_an_epoch
         self.seen, self.broken, self.listed = 0, [], 0

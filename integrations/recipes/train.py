@@ -67,6 +67,11 @@ class Settings:
             if getattr(self, option) is not None:
                 check_count("Settings", option, getattr(self, option), 1)
         check_count("Settings", "regularize_every", self.regularize_every, 1)
+        if self.average_every is not None and self.average_every > self.steps:
+            raise ValueError(
+                f"Settings: expected average_every of at most {self.steps} steps, got {self.average_every}: the mean would be the start. "
+                "Lower it."
+            )
 
     def rate(self, step: int) -> float:
         """Factor on the learning rate of step 0, 1, ..."""

@@ -145,6 +145,11 @@ def test_bad_settings(option, value):
         Settings(steps=1, **{option: value})
 
 
+def test_a_mean_of_the_start_alone():
+    with pytest.raises(ValueError, match="^Settings: expected average_every of at most 9 steps, got 10: the mean would be the start"):
+        Settings(steps=9, average_every=10)
+
+
 def test_schedule():
     settings = Settings(steps=110, warmup_steps=10)
     rates = [settings.rate(step) for step in range(110)]

@@ -6,8 +6,9 @@ from geomreg.integrations.recipes.data.collate import collate
 from geomreg.integrations.recipes.data.flickr8k import Flickr8k
 from geomreg.integrations.recipes.data.folder import LabelledFolder
 from geomreg.integrations.recipes.data.imagenet import ImageNet
-from geomreg.integrations.recipes.data.pairs import CsvPairs
+from geomreg.integrations.recipes.data.pairs import CsvPairs, LabelledPairs
 from geomreg.integrations.recipes.data.random_texts import RandomTexts
+from geomreg.integrations.recipes.data.subset import Subset
 from geomreg.integrations.recipes.data.tar import TarPairs
 from geomreg.integrations.recipes.data.wilds import FMoW, IWildCam
 
@@ -20,6 +21,7 @@ __all__ = [
     "IWildCam",
     "ImageNet",
     "LabelledFolder",
+    "LabelledPairs",
     "RandomTexts",
     "Subset",
     "TarPairs",

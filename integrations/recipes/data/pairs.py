@@ -16,11 +16,12 @@ from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerpri
 from geomreg.integrations.recipes.data.table import read_rows
 from geomreg.integrations.recipes.data.texts import Tokenizer
 
-__all__ = ["CAPTION_KEYS", "ID_KEYS", "IMAGE_KEYS", "CsvPairs", "find_column"]
+__all__ = ["CAPTION_KEYS", "ID_KEYS", "IMAGE_KEYS", "CsvPairs", "LabelledPairs", "find_column"]
 
 IMAGE_KEYS = ("filepath", "image", "image_path", "path", "file_name", "filename", "img")
 CAPTION_KEYS = ("title", "caption", "text", "label_text", "description")
 ID_KEYS = ("id",)
+_MOST_CLASSES = 10_000
 
 
 class CsvPairs(Dataset[dict[str, Any]]):
@@ -152,6 +153,47 @@ class CsvPairs(Dataset[dict[str, Any]]):
         """For each modality a digest of the ids and of the captions or image paths as written, in order; root plays no part."""
         columns = {"image": self._paths, "text": self._captions}
         return {modality: fingerprint(self.ids, columns[modality]) for modality in self.modalities}
+
+
+class LabelledPairs(CsvPairs):
+    """Pairs whose captions are the names of classes: each different caption is one, so that a classification can be trained on them.
+
+    Samples as of :class:`CsvPairs`, with ``"label"``.
+
+    Args:
+        path: as of :class:`CsvPairs`; must have captions.
+        options: of :class:`CsvPairs`.
+
+    Attributes:
+        classes: the C different captions, in the order of their first rows.
+        labels: ``(N,)`` int64, indices into ``classes``.
+        templates: ``("{}",)``: a caption is a whole text.
+
+    Raises:
+        ValueError: as :class:`CsvPairs`; one caption for all, or more than 10,000 different ones.
+    """
+
+    templates = ("{}",)
+
+    def __init__(self, path: str | os.PathLike[str], *, modalities: tuple[str, ...] = ("image", "text"), **options: Any) -> None:
+        super().__init__(path, modalities=("image", "text"), **options)
+        self.modalities = modalities
+        number: dict[str, int] = {}
+        self.labels = np.fromiter((number.setdefault(caption, len(number)) for caption in self._captions), np.int64, len(self))
+        self.classes = tuple(number)
+        if not 2 <= len(number) <= _MOST_CLASSES:
+            raise ValueError(
+                f"LabelledPairs: expected captions that are names of 2 to {_MOST_CLASSES} classes in {self.path}, got {len(number)} "
+                "different ones. Use a contrastive method for captions."
+            )
+
+    def class_texts(self, template: str) -> list[str]:
+        """The text of each of the C classes."""
+        return [template.replace("{}", name) for name in self.classes]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        return sample if "broken" in sample else {**sample, "label": int(self.labels[index])}
 
 
 def find_column(name: str, path: str, header: list[str], what: str, key: str | None, usual: tuple[str, ...], *, needed: bool) -> int | None:

@@ -2,22 +2,27 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from killing import killed_until_done
 from PIL import Image
 
 from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes import finetune as finetune_module
+from geomreg.integrations.recipes import records
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, TermConfig, TrainConfig
 from geomreg.integrations.recipes.data import LabelledFolder
@@ -25,9 +30,12 @@ from geomreg.integrations.recipes.embed import Options, embed_data
 from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.finetune import finetune_from
-from geomreg.integrations.recipes.models import Lora, ModelConfig, load
+from geomreg.integrations.recipes.head import load_head
+from geomreg.integrations.recipes.models import Lora, ModelConfig, compile_blocks, load
+from geomreg.integrations.recipes.train import encode
 
 CONFIGS = Path(__file__).parents[3] / "integrations" / "recipes" / "configs"
+METHODS = sorted(path.stem for path in (CONFIGS / "method").iterdir())
 DIVE = MethodConfig("dive", {"dive": TermConfig("DiVE", 300.0)})
 
 
@@ -47,6 +55,8 @@ def data(tmp_path_factory):
             tar.add(path, f"{row:04d}.png")
             tar.add(folder / "caption", f"{row:04d}.txt")
     (folder / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    paths = [path.relative_to(folder / "classes") for path in (folder / "classes").rglob("*.png")]
+    (folder / "captions.csv").write_text("\n".join(["id,caption", *(f"{path},seen {path.stem}" for path in paths)]))
     return folder
 
 
@@ -97,44 +107,54 @@ def test_every_kind_of_target(data, tmp_path, kind):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["betas"] == [0.9, 0.999]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIGS / "method").iterdir()))
-def test_every_shipped_method_from_the_command_line(data, tmp_path, method):
-    arguments = [
-        "--config",
-        f"method/{method}",
-        "--model.name",
-        str(model_folder()),
-        "--target.kind",
-        "csv",
-        "--target.path",
-        str(data / "pairs.tsv"),
-    ]
-    if method not in ("flyp", "cyclip", "l2-sp", "vanilla", "lp-ft", "lipsum-ft", "car-ft"):
+def shipped(data, output, method, **train):
+    """The run of a method's file on class folders, with what the method needs beside it."""
+    captured = []
+    described = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())["method"]
+    arguments = ["--config", f"method/{method}", "--model.name", "emojiclip", "--target.kind", "folder"]
+    arguments += ["--target.path", str(data / "classes"), "--target.options", '{"templates": ["a {}.", "the {}.", "a drawing of a {}."]}']
+    if described.get("terms"):
         arguments += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
-    train = {"steps": 2, "batch_size": 8, "warmup_steps": 1, "workers": 0, "learning_rate": 1e-4}
+    if described.get("caption_weight"):
+        arguments += ["--target.captions", str(data / "captions.csv")]
+    train = {"steps": 20, "batch_size": 8, "warmup_steps": 1, "workers": 0, "learning_rate": 1e-4, **train}
+    if method == "zscl":
+        train["average_every"] = 5
     arguments += [part for key, value in train.items() for part in (f"--train.{key}", str(value))]
-    assert main(["finetune", *arguments, "--output", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    resolved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert resolved["method"]["name"] == method
-    assert (weights(tmp_path / "run" / "model") - START).norm() > 1e-3
+    with mock.patch.object(finetune_module, "finetune_from", captured.append):
+        assert main(["finetune", *arguments, "--output", str(output), "--device", "cpu"]) == 0
+    return dataclasses.replace(captured[0], ensemble=None)
 
 
 @pytest.mark.slow
-def test_methods_end_at_different_weights(data, tmp_path):
+def test_any_two_methods_end_at_different_weights(data, tmp_path):
+    """After 20 steps on EmojiCLIP from its file; and every term pulls at an encoder."""
     ends = {}
-    terms_of = {
-        "flyp": {},
-        "dive": DIVE.terms,
-        "fd": {"fd": TermConfig("FeatureDistillation", 300.0)},
-        "pvl": {"pvl": TermConfig("PairwiseVectorLoss", 300.0)},
-    }
-    for name, terms in terms_of.items():
-        ends[name] = weights(finetune_from(config(data, tmp_path / name, method=MethodConfig(name, terms), steps=6)))
-    names = list(ends)
-    for k, one in enumerate(names):
-        for other in names[:k]:
-            assert (ends[one] - ends[other]).norm() > 1e-4, (one, other)
+    for method in METHODS:
+        one = shipped(data, tmp_path / method, method)
+        ends[method] = weights(finetune_from(one))
+        for name, term in {**one.method.terms, **one.method.target_terms}.items():
+            assert all(entry[name] == entry[name] for entry in logged(tmp_path / method))
+            assert pull(one, name, term, weights_of=tmp_path / method / "model") > 0, (method, name)
+    for one, other in itertools.combinations(ends, 2):
+        assert (ends[one] - ends[other]).norm() > 1e-4, (one, other)
+
+
+def pull(one, name, term, *, weights_of):
+    """Norm of the gradient of a term alone with respect to the encoders, where the run has ended."""
+    run = finetune_module._Run(dataclasses.replace(one, output=one.output / "none"), finetune_module.Accelerator(cpu=True))
+    reference = name in one.method.terms
+    regularizer = run.regularizer if reference else run.target_regularizer
+    state = open_clip.create_model_and_transforms(f"local-dir:{weights_of}")[0].state_dict()
+    run.model.load_state_dict(state, strict=False)
+    batch = next(run.streams["reference" if reference else "target"].batches(0))
+    student, known = (encode(run.model, batch), run.teacher(batch) if run.teacher is not None else None)
+    inputs = {"logit_scale": run.model.logit_scale.exp()} | ({} if run.texts is None else {"texts": next(run.texts(0))})
+    taken = getattr(regularizer.regularizers[name], "inputs", ())
+    value = regularizer.regularizers[name](student, known, **{key: inputs[key] for key in taken})
+    encoders = [parameter for key, parameter in run.model.named_parameters() if parameter.requires_grad and "logit" not in key]
+    gradients = torch.autograd.grad(value, encoders, allow_unused=True)
+    return sum(gradient.norm() for gradient in gradients if gradient is not None)
 
 
 @pytest.mark.slow
@@ -196,6 +216,247 @@ def test_parts_of_the_model(data, tmp_path, model):
         assert torch.equal(before.token_embedding.weight, after.token_embedding.weight)
 
 
+# classification
+
+
+HEAD = MethodConfig("vanilla", loss="classification", head="zero_shot")
+PROBE = MethodConfig("lp-ft", loss="classification", head="linear_probe")
+TEXTS = MethodConfig("zscl", loss="classification", head="text_encoder", label_smoothing=0.2)
+
+
+@pytest.mark.parametrize("method", [HEAD, PROBE], ids=["zero-shot", "probe"])
+def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method):
+    evaluation = {
+        "id": DataConfig("folder", str(data / "classes")),
+        "other": DataConfig("folder", str(data / "classes"), {"class_names": NAMES}),
+    }
+    options = {"kind": "folder", "evaluation": evaluation, "best": "id", "learning_rate": 1e-3}
+    out = finetune_from(config(data, tmp_path / "run", method=method, **options))
+    head, start, classes = load_head(out)
+    assert classes == ["owl", "red fox"]
+    final = load(str(out))
+    folder = LabelledFolder(data / "classes", transform=final.transform)
+    entries = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert entries[1]["id"] == pytest.approx(evaluate(final.model, folder, final.tokenizer, head=head))
+    named = LabelledFolder(data / "classes", transform=final.transform, class_names=NAMES)
+    assert entries[1]["other"] == pytest.approx(evaluate(final.model, named, final.tokenizer))  # other classes: zero-shot
+    base = load(str(model_folder()))
+    assert torch.equal(base.model.token_embedding.weight, final.model.token_embedding.weight)
+    assert torch.equal(base.model.logit_scale, final.model.logit_scale)
+    texts = torch.nn.functional.normalize(
+        base.model.encode_text(base.tokenizer(["a photo of a owl.", "a photo of a red fox."]), normalize=True), dim=1
+    )
+    torch.testing.assert_close(start.weight, base.model.logit_scale.exp() * texts, rtol=1e-4, atol=1e-4)
+    assert (head.weight - start.weight).abs().max() > 1e-4
+    if method is PROBE:
+        assert entries[0]["id"]["accuracy"] > 90  # pictures of noise, fitted: chance for a zero-shot head
+    mixed, before, _ = load_head(tmp_path / "run" / "ensemble" / "alpha-0.50")
+    torch.testing.assert_close(mixed.weight, (start.weight + head.weight) / 2)
+    torch.testing.assert_close(mixed.bias, (start.bias + head.bias) / 2)
+    assert torch.equal(before.weight, start.weight)
+    assert load_head(tmp_path / "run" / "best")[2] == classes
+
+
+NAMES = {"owl": "night bird", "red_fox": "fox"}
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 3}, {"unique_texts": True}])
+@pytest.mark.parametrize("method", [HEAD, TEXTS], ids=["head", "texts"])
+def test_savings_change_no_classification(data, tmp_path, method, options):
+    ends = []
+    for name, changes in (("whole", {}), ("cheap", options)):
+        finetune_from(config(data, tmp_path / name, kind="folder", method=method, **changes))
+        ends.append([entry["loss"] for entry in logged(tmp_path / name)])
+    assert ends[0] == pytest.approx(ends[1], rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [PROBE, TEXTS], ids=["probe", "texts"])
+def test_killed_classification_is_bitwise_the_same(data, tmp_path, method):
+    method = dataclasses.replace(method, target_terms=ENERGY)
+    texts = DataConfig("random_texts", options={"length": 4})
+    options = {"kind": "folder", "method": method, "texts": texts, "steps": 10, "save_every": 1, "average_every": 3}
+    whole = finetune_from(config(data, tmp_path / "whole", **options))
+    assert killed_until_done(killed, config(data, tmp_path / "run", **options), first=0.8, more=0.41) >= 1
+    for file in sorted(whole.glob("*.safetensors")):
+        assert (tmp_path / "run" / "model" / file.name).read_bytes() == file.read_bytes()
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+def test_captions_as_classes(data, tmp_path):
+    """Each caption of a table is a class."""
+    out = finetune_from(config(data, tmp_path / "run", method=HEAD))
+    assert load_head(out)[2] == [f"picture number {row}" for row in range(40)]
+    with pytest.raises(ValueError, match="expected classes as target of vanilla, got tar"):
+        config(data, tmp_path / "run", method=HEAD, kind="tar")
+
+
+# what terms need
+
+
+ENERGY = {"energy": TermConfig("TextEnergy", 1.0)}
+CYCLIC = {"c": TermConfig("CyclicConsistency", 1.0)}
+KL = TermConfig("SimilarityKL", 1.0, {"against": "texts", "directions": ["rows"]})
+
+
+@pytest.mark.parametrize(
+    ("terms", "reference", "logs"),
+    [
+        ({"fd": TermConfig("FeatureDistillation", 100.0)}, DataConfig("target"), "fd"),
+        ({"dive": TermConfig("DiVE", 100.0)}, DataConfig("target"), "dive"),
+        ({"fd": TermConfig("FeatureDistillation", 100.0, {"modalities": ["text"]})}, DataConfig("random_texts"), "fd"),
+        ({"fd": TermConfig("FeatureDistillation", 100.0)}, "image", "fd"),
+        ({"fd": TermConfig("FeatureDistillation", 100.0)}, "text", "fd"),
+        ({"kl": KL}, "image", "kl"),
+    ],
+    ids=["images and texts of the target", "pairs of the target", "random texts", "images", "captions", "images and a bank"],
+)
+def test_other_references(data, tmp_path, terms, reference, logs):
+    """The student sees the teacher's numbers before it has moved, and others after."""
+    if isinstance(reference, str):
+        reference = DataConfig("csv", str(data / "pairs.tsv"), modalities=(reference,))
+    one = config(data, tmp_path / "run", kind="folder", method=MethodConfig("m", terms))
+    one = dataclasses.replace(one, reference=reference, texts=DataConfig("csv", str(data / "pairs.tsv")) if "kl" in terms else None)
+    finetune_from(one)
+    log = logged(tmp_path / "run")
+    assert abs(log[0][logs]) < 1e-6 < log[3][logs]
+    assert all(entry["gradient_ratio"] > 0 for entry in log[1:])
+
+
+def test_the_target_as_reference_is_seen_without_crops(data, tmp_path):
+    one = dataclasses.replace(config(data, tmp_path / "run", kind="folder"), reference=DataConfig("target"))
+    run = finetune_module._Run(one, finetune_module.Accelerator(cpu=True))
+    target, reference = (next(run.streams[name].batches(0)) for name in ("target", "reference"))
+    plain = {sample["id"]: sample["image"] for sample in run.streams["reference"].dataset}
+    assert all(torch.equal(image, plain[name]) for name, image in zip(reference["id"], reference["image"], strict=True))
+    assert not all(torch.equal(image, plain[name]) for name, image in zip(target["id"], target["image"], strict=True))
+    assert target["id"] != reference["id"]  # drawn by themselves
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        (DIVE, {"reference": ("image",)}, r"expected reference data that the term dive can use, got image alone \(.*text"),
+        (MethodConfig("m", {"kl": KL}), {"reference": ("image",)}, r"expected captions for the terms' bank of texts, got none"),
+        (
+            dataclasses.replace(HEAD, target_terms={"c": TermConfig("CyclicConsistency", 1.0)}),
+            {},
+            r"expected target data that the term c can",
+        ),
+        (MethodConfig("m", {"s": TermConfig("SelectiveDistillation", 1.0)}), {}, r"s: expected a term of what a run has, got .* previous"),
+        (MethodConfig("m", {"r": TermConfig("ContrastiveReplay", 1.0, {"form": "sigmoid"})}), {}, r"r: expected a model with a logit bias"),
+        (MethodConfig("m", target_terms=ENERGY, bank="contexts"), {"kind": "csv"}, r"expected labelled target data for bank=contexts"),
+        (MethodConfig("m", {"p": TermConfig("ProjectionOrthogonality", 1.0)}), {}, r"p: expected a CLIP with linear projections"),
+    ],
+)
+def test_what_a_term_lacks_is_said_before_training(data, tmp_path, method, changes, message):
+    one = config(
+        data, tmp_path / "run", **{"method": method, "kind": "folder"} | {key: changes[key] for key in ("kind",) if key in changes}
+    )
+    if "reference" in changes:
+        one = dataclasses.replace(one, reference=dataclasses.replace(one.reference, modalities=changes["reference"]))
+    with pytest.raises(ValueError, match=message):
+        finetune_from(one)
+    assert not (tmp_path / "run").exists()
+
+
+def test_captions_and_anchors(data, tmp_path):
+    """ARF: further captions of the target images, and the reference pairs of a list."""
+    anchors = [f"classes/owl/{row}.png" for row in range(0, 20, 2)]
+    (tmp_path / "ids.txt").write_text("\n".join(anchors))
+    method = MethodConfig("arf", {"replay": TermConfig("ContrastiveReplay", 1.0)}, caption_weight=1.0)
+    plain = config(data, tmp_path / "plain", kind="folder", method=dataclasses.replace(method, caption_weight=0.0))
+    plain = dataclasses.replace(plain, reference=dataclasses.replace(plain.reference, subset=tmp_path / "ids.txt"))
+    target = dataclasses.replace(plain.target, captions=data / "captions.csv")
+    one = dataclasses.replace(plain, method=method, target=target, output=tmp_path / "run")
+    run = finetune_module._Run(one, finetune_module.Accelerator(cpu=True))
+    assert sorted(run.streams["reference"].dataset.ids) == sorted(anchors)
+    batch = next(run.streams["target"].batches(0))
+    wanted = run.loaded.tokenizer([f"seen {Path(name).stem}" for name in batch["id"]])
+    assert torch.equal(batch["caption"], wanted)
+    finetune_from(one)
+    finetune_from(plain)
+    assert logged(tmp_path / "run")[0]["loss"] > logged(tmp_path / "plain")[0]["loss"] + 0.5  # one loss more
+    with pytest.raises(ValueError, match=r"expected target.captions with method.caption_weight"):
+        config(data, tmp_path / "run", method=method)
+
+
+def test_a_high_learning_rate_warns(data, tmp_path):
+    model = ModelConfig(str(model_folder()), learning_rates=(1e-6, 1e-5))
+    with pytest.warns(UserWarning, match="the learning rate 0.001 is far above what is usual for .*, 1e-06 to 1e-05"):
+        finetune_from(dataclasses.replace(config(data, tmp_path / "run", model=model, learning_rate=1e-3, steps=1), ensemble=None))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*learning rate.*")
+        finetune_from(dataclasses.replace(config(data, tmp_path / "low", model=model, learning_rate=1e-5, steps=1), ensemble=None))
+
+
+def test_tensorboard(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    one = config(data, tmp_path / "run", trackers=("tensorboard",))
+    finetune_from(one)
+    events = EventAccumulator(str(tmp_path / "run" / "geomreg"))
+    events.Reload()
+    log = logged(tmp_path / "run")
+    for key in ("loss", "dive/weighted", "gradient_ratio"):
+        assert [event.step for event in events.Scalars(key)] == [1, 2, 3, 4]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx([entry[key] for entry in log])
+
+
+def test_a_tracker_that_is_not_installed(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"expected wandb to be installed for its tracker, got none\. Run pip install wandb"):
+        finetune_from(config(data, tmp_path / "run", trackers=("wandb",)))
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """A small ViT with random weights, and with a bias of the logits, as SigLIP has it."""
+
+    def exported(bias):
+        vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 2}
+        text = {"context_length": 10, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
+        described = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text} | ({"init_logit_bias": -10.0} if bias else {})
+        torch.manual_seed(0)
+        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+        return to_open_clip(open_clip.CLIP(**described), {"model_cfg": described, "preprocess_cfg": preprocess}, tmp_path / f"vit-{bias}")
+
+    return exported
+
+
+def test_siglip(data, tmp_path, vit):
+    """Its loss on target and replayed pairs; the bias learns, or stays with the scale."""
+    for kind in ("trained", "frozen"):
+        model = ModelConfig(str(vit(True)), logit_scale=kind)
+        method = MethodConfig("replay", {"replay": TermConfig("ContrastiveReplay", 1.0)})
+        out = finetune_from(config(data, tmp_path / kind, model=model, method=method, learning_rate=1e-2))
+        before, after = (open_clip.create_model_and_transforms(f"local-dir:{one}")[0] for one in (vit(True), out))
+        assert (abs(after.logit_bias - before.logit_bias).item() > 1e-3) == (kind == "trained")
+        first = logged(tmp_path / kind)[0]
+        loaded = load(str(vit(True)))
+        run = finetune_module._Run(config(data, tmp_path / kind, model=model, method=method), finetune_module.Accelerator(cpu=True))
+        batch = next(run.streams["target"].batches(0))
+        image, text = (loaded.model.encode_image(batch["image"], normalize=True), loaded.model.encode_text(batch["text"], normalize=True))
+        logits = loaded.model.logit_scale.exp() * image @ text.T + loaded.model.logit_bias
+        signs = 2 * torch.eye(8) - 1
+        assert first["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(signs * logits).sum().item() / 8, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled(data, tmp_path, vit):
+    """The same losses but for rounding, from blocks that were compiled."""
+    model = ModelConfig(str(vit(False)))
+    for name, compiled in (("plain", False), ("compiled", True)):
+        finetune_from(config(data, tmp_path / name, model=model, compile=compiled))
+    assert [entry["loss"] for entry in logged(tmp_path / "compiled")] == pytest.approx(
+        [entry["loss"] for entry in logged(tmp_path / "plain")], rel=1e-3
+    )
+    one = load(str(vit(False))).model
+    blocks = [module for module in compile_blocks(one).modules() if module._compiled_call_impl is not None]
+    assert len(blocks) == 4
+    assert one.state_dict().keys() == load(str(vit(False))).model.state_dict().keys()
+
+
 # terms on the target batch
 
 
@@ -242,7 +503,7 @@ class FaultyTeacher(torch.nn.Module):
 
 
 def test_dry_run(data, tmp_path, capsys):
-    finetune_from(dataclasses.replace(config(data, tmp_path / "run", steps=500), dry_run=True))
+    finetune_from(dataclasses.replace(config(data, tmp_path / "run", steps=500, average_every=100), dry_run=True))
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == "target: 40 samples, 5 batches an epoch"
     assert second == "reference: 40 samples, 5 batches an epoch"
