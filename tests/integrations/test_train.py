@@ -146,7 +146,7 @@ def test_bad_settings(option, value):
 
 
 def test_a_mean_of_the_start_alone():
-    with pytest.raises(ValueError, match="^Settings: expected average_every of at most 9 steps, got 10: the mean would be the start"):
+    with pytest.raises(ValueError, match=r"^Settings: expected average_every of at most 9 steps, got 10: the mean would be the start"):
         Settings(steps=9, average_every=10)
 
 
