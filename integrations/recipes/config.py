@@ -218,6 +218,7 @@ class Config:
         best: the one of them by which the best model so far is kept in the folder ``best``: validation data of the target.
         ensemble: share of the trained weights in a mixture with those at the start, kept in the folder ``ensemble`` (WiSE-FT); None: none.
         trackers: further logs beside metrics.jsonl.
+        strict: a broken image is an error, instead of being replaced by another, counted and listed.
         device: ``auto`` takes a GPU if there is one; or ``cpu``.
         dry_run: load everything and take a few steps, write nothing.
     """
@@ -233,6 +234,7 @@ class Config:
     best: str | None = None
     ensemble: float | None = 0.5
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    strict: bool = False
     device: Literal["auto", "cpu"] = "auto"
     dry_run: bool = False
 

@@ -126,8 +126,14 @@ class _Run:
         self.teacher = teacher if banked or any(one.needs_teacher for one in of_both) else None
 
         def stream(data: Any, size: int, seed: int, modalities: tuple[str, ...], *, shared: bool = True, **options: Any) -> Stream:
-            options = {"transform": loaded.transform, "modalities": modalities, "workers": train.workers, **options}
-            return Stream(data, loaded, accelerator if shared else None, size=size, seed=train.seed + seed, **options)
+            options = {
+                "transform": loaded.transform,
+                "modalities": modalities,
+                "workers": train.workers,
+                "strict": config.strict,
+                **options,
+            }
+            return Stream(data, loaded, accelerator if shared else None, size=size, seed=train.seed + seed, workers=train.workers, **options)
 
         pairs, found = ("image", "text"), reference_of(config)
         seen = {"target": ("image",) if method.loss == "classification" else pairs}
@@ -313,7 +319,7 @@ class _Evaluation:
         self.every = self.config.train.evaluate_every or self.steps
         self.file = self.config.output / "evaluation.jsonl"
         self.data = {
-            name: read(data, run.loaded, transform=run.loaded.transform, modalities=("image",))
+            name: read(data, run.loaded, transform=run.loaded.transform, modalities=("image",), strict=self.config.strict)
             for name, data in self.config.evaluation.items()
         }
 

@@ -23,12 +23,19 @@ BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a ru
 
 
 def read(
-    config: DataConfig, loaded: Model, *, transform: Callable[..., Any] | None, modalities: tuple[str, ...], labelled: bool = False
+    config: DataConfig,
+    loaded: Model,
+    *,
+    transform: Callable[..., Any] | None,
+    modalities: tuple[str, ...],
+    labelled: bool = False,
+    strict: bool = False,
 ) -> Any:
     """The configured data set, with ``modalities`` in its samples; ``labelled`` makes classes of the captions of pairs."""
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     if config.kind == "random_texts":
         return RandomTexts(loaded.tokenizer, **options)
+    options.setdefault("strict", strict)
     reader = LabelledPairs if labelled and config.kind == "csv" else READERS[config.kind]
     dataset = reader(config.path, transform=transform, tokenizer=loaded.tokenizer, modalities=modalities, **options)
     if config.captions is not None:
@@ -62,6 +69,7 @@ class Stream:
         modalities: ``("image", "text")``, or one of them. The text of a labelled sample is in a random one of its templates.
         workers: loading processes.
         labelled: make classes of the captions of pairs.
+        strict: raise on a broken sample instead of drawing another.
 
     Raises:
         ValueError: a batch that the processes cannot share, or that is larger than the data set.
@@ -79,13 +87,14 @@ class Stream:
         modalities: tuple[str, ...],
         workers: int,
         labelled: bool = False,
+        strict: bool = False,
     ) -> None:
         rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         if size % ranks:
             raise ValueError(f"finetune: expected a batch that {ranks} processes can share, got {size}. Choose a multiple of it.")
         templated = config.kind in LABELLED and modalities == ("image", "text")
         modalities = ("image",) if templated else modalities
-        self.dataset = read(config, loaded, transform=transform, modalities=modalities, labelled=labelled)
+        self.dataset = read(config, loaded, transform=transform, modalities=modalities, labelled=labelled, strict=strict)
         self.drawn = Drawn(self.dataset, seed=seed, texts=class_tokens(self.dataset, loaded) if templated else None)
         self.workers = workers
         self.draws: Callable[[int], Draws] = lambda start: Draws(

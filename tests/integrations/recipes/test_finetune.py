@@ -604,16 +604,19 @@ def test_other_configuration_is_refused(data, tmp_path):
 # what is wrong
 
 
-def test_broken_samples(data, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_samples(data, tmp_path, workers):
     broken = tmp_path / "data"
     shutil.copytree(data, broken)
     (broken / "classes" / "owl" / "0.png").write_bytes(b"x")
-    finetune_from(config(broken, tmp_path / "run"))
+    finetune_from(config(broken, tmp_path / "run", workers=workers))
     assert "0.png: not an image" in (tmp_path / "run" / "broken.txt").read_text()
+    with pytest.raises(ValueError, match=r"LabelledFolder: expected an image, got .*0.png: not an image that PIL knows"):
+        finetune_from(dataclasses.replace(config(broken, tmp_path / "strict", steps=8, kind="folder", workers=workers), strict=True))
     for row in range(2, 20, 2):
         (broken / "classes" / "owl" / f"{row}.png").write_bytes(b"x")
     with pytest.raises(RuntimeError, match="expected at most 1% of the samples to be broken, got"):
-        finetune_from(config(broken, tmp_path / "many", steps=8))
+        finetune_from(config(broken, tmp_path / "many", steps=8, workers=workers))
 
 
 @pytest.mark.parametrize(
