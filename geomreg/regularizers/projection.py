@@ -98,6 +98,11 @@ class ProjectionOrthogonality(nn.Module):
         self._held = (image, text)  # in a tuple, so that nn.Module does not register them
         self()  # refuses what cannot be used now, not in the first step
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The live parameters that it looks at."""
+        return tuple(value.weight if isinstance(value, nn.Linear) else value for value in self._held if value is not None)
+
     def forward(self, student: Embeddings | None = None, teacher: Embeddings | None = None) -> Tensor:
         image, text = self._held
         return projection_orthogonality_loss(

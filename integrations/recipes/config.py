@@ -162,6 +162,7 @@ class TrainConfig:
         average_every: end with the mean of the weights at the start and after each so many steps (ZSCL); None: with the last.
         compile: the towers' blocks by ``torch.compile``.
         precision: ``no`` (fp32), ``bf16`` or ``fp16`` autocast.
+        shard: several processes share weights, gradients and optimizer state (FSDP2) instead of each holding all (DDP); not for fp16.
         crop: scale of the random crops of target images; reference images are seen by the evaluation transform.
         seed: of order, crops, templates and dropout.
         workers: processes that load samples, for each of the two data sets.
@@ -184,6 +185,7 @@ class TrainConfig:
     average_every: int | None = None
     compile: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
+    shard: bool = False
     crop: tuple[float, float] = (0.9, 1.0)
     seed: int = 0
     workers: int = 4

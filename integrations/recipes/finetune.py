@@ -33,6 +33,7 @@ from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, l
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
 from geomreg.integrations.recipes.records import Log, check_trackers, claim, whole_lines
+from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, read, reference_of
 from geomreg.integrations.recipes.train import Banks, Checkpoints, Settings, encode, finetune
 from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
@@ -65,6 +66,7 @@ def finetune_from(config: Config) -> Path:
         log_with=list(config.trackers) if config.trackers and not config.dry_run else None,
         project_dir=str(config.output),
     )
+    check_launch(accelerator)
     set_seed(config.train.seed)  # adapters start at random
     run = _Run(config, accelerator)
     if config.dry_run:
@@ -133,7 +135,7 @@ class _Run:
                 "strict": config.strict,
                 **options,
             }
-            return Stream(data, loaded, accelerator if shared else None, size=size, seed=train.seed + seed, workers=train.workers, **options)
+            return Stream(data, loaded, accelerator if shared else None, size=size, seed=seed, workers=train.workers, **options)
 
         pairs, found = ("image", "text"), reference_of(config)
         seen = {"target": ("image",) if method.loss == "classification" else pairs}
@@ -144,9 +146,9 @@ class _Run:
         check_needs("target", self.target_regularizer, seen["target"], model)
         labelled = method.loss == "classification"
         options = {"transform": loaded.train_transform, "labelled": labelled}
-        self.streams = {"target": stream(config.target, train.batch_size, 0, seen["target"], **options)}
+        self.streams = {"target": stream(config.target, train.batch_size, train.seed, seen["target"], **options)}
         if found is not None:
-            self.streams["reference"] = stream(found, references, 1, seen["reference"])
+            self.streams["reference"] = stream(found, references, train.seed + 1, seen["reference"])
         target = self.streams["target"].dataset
         tokens = class_tokens(target, loaded) if labelled or config.target.kind in LABELLED else None
         self.texts: Banks | None = None
@@ -158,15 +160,17 @@ class _Run:
             data = config.texts or found
             if data is None or (data.kind in READERS and data.modalities == ("image",)):
                 raise ValueError("finetune: expected captions for the terms' bank of texts, got none. Set texts, say to kind random_texts.")
-            self.streams["texts"] = stream(data, method.bank_size or references, 2, ("text",), shared=False)
+            self.streams["texts"] = stream(data, method.bank_size or references, train.seed + 2, ("text",), shared=False)
             self.texts = bank_of_texts(self.streams["texts"], self.teacher, accelerator)
         shared = {field.name for field in dataclasses.fields(Settings)} & {field.name for field in dataclasses.fields(train)}
         values = {name: getattr(train, name) for name in shared - {"steps"}}
         self.settings = Settings(steps=train.steps or (train.epochs or 0) * self.streams["target"].batches_an_epoch, **values)
         self.classes = tuple(target.classes) if tokens is not None else ()
         self.loss, self.start = self._loss(method, tokens)
+        several = accelerator.num_processes > 1
+        self.sharded = Sharded(model, accelerator, (self.regularizer, self.target_regularizer)) if train.shard and several else None
         if train.compile:
-            compile_blocks(model)
+            compile_blocks(model if self.sharded is None else self.sharded.model)
             if isinstance(self.teacher, Teacher) and method.teacher == "frozen":
                 compile_blocks(self.teacher.model)
 
@@ -200,8 +204,18 @@ class _Run:
             loss=self.loss,
             texts=self.texts,
             accelerator=self.accelerator,
+            sharded=self.sharded,
             **options,
         )
+
+    def current(self) -> nn.Module:
+        """The model as it is now, whole, on the device of the main process; to be called on all."""
+        if self.sharded is None:
+            return self.model
+        self.sharded.gather()
+        if not self.accelerator.is_main_process:
+            return self.model
+        return copy.deepcopy(self.model).to(self.accelerator.device)  # only what losses use is on the device
 
     def export(self, folder: Path) -> None:
         """The model as it is, adapters merged and with its head, in open_clip's layout."""
@@ -326,7 +340,8 @@ class _Evaluation:
     def before(self) -> None:
         """The model as it comes, step 0, unless that was done before."""
         if self.data and checkpoint.latest(self.run.checkpoints) is None:
-            self.run.model.to(self.run.accelerator.device)
+            if self.run.sharded is None:
+                self.run.model.to(self.run.accelerator.device)
             self._evaluate(0)
 
     def after(self, step: int) -> None:
@@ -335,8 +350,9 @@ class _Evaluation:
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> None:
+        model = self.run.current()
         if self.run.accelerator.is_main_process:
-            found = self._measured(self.run.loaded.model, getattr(self.run.model, NAME, None))
+            found = self._measured(model, getattr(model, NAME, None))
             before = [entry for entry in self.entries() if entry["step"] < step]
             trained = [entry for entry in before if entry["step"]]
             name = self.config.best

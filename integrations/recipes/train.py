@@ -17,6 +17,7 @@ from geomreg.compose import WeightedSum
 from geomreg.integrations.open_clip import embed, unwrap
 from geomreg.integrations.recipes import checkpoint, head
 from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
+from geomreg.integrations.recipes.shard import Sharded, check_launch, like
 from geomreg.precision import at_least_fp32
 from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.step import backward
@@ -121,6 +122,7 @@ def finetune(
     loss: TargetLoss | None = None,
     texts: Banks | None = None,
     accelerator: Accelerator | None = None,
+    sharded: Sharded | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -141,6 +143,8 @@ def finetune(
         loss: on the target batch; by default :class:`~geomreg.integrations.recipes.losses.Contrastive`.
         texts: banks for the terms that take ``texts=``.
         accelerator: by default a new one: device, precision and processes as launched.
+        sharded: of ``model``, ``accelerator`` and the regularizers: train with FSDP2 instead of DDP. The model then has the trained weights
+            at the end; before, after :meth:`~geomreg.integrations.recipes.shard.Sharded.gather`.
         checkpoints: save everything that the run needs, and go on from the newest checkpoint if there is one: on a CPU the losses and
             weights are then bitwise those of a run that was never interrupted.
         on_step: called after each step with ``step``; ``loss`` of the target with its terms; ``regularizer``, the weighted sum on the
@@ -168,9 +172,16 @@ def finetune(
             f"finetune: expected gradient_accumulation_steps=1, got {accelerator.gradient_accumulation_steps}. The contrastive loss "
             "needs its whole batch at once; lower the batch size instead."
         )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+    check_launch(accelerator)
+    trained: Any = model.parameters() if sharded is None else sharded.groups()
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if sharded is None:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        declared = [value for value in wrapped.parameters() if value.requires_grad]
+    else:
+        sharded.serve(teacher)
+        wrapped, optimizer, declared = sharded.model, accelerator.prepare(optimizer), sharded.declared()
     loss = loss or Contrastive(unwrap(wrapped), accelerator)
     for part in (regularizer, target_regularizer, teacher):
         if part is not None:
@@ -191,7 +202,7 @@ def finetune(
             return encode(wrapped, batch)
 
     def state() -> dict[str, Any]:
-        return {
+        found = {
             "model": unwrap(wrapped).state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
@@ -201,12 +212,17 @@ def finetune(
             "teacher": {} if teacher is None else teacher.state_dict(),
             "average": {} if average is None else average.state_dict(),
         }
+        return found if sharded is None else sharded.gathered(found)
 
     start = 0
     if checkpoints is not None and (saved := checkpoint.latest(checkpoints.folder)) is not None:
         start = _go_on(saved, settings, accelerator)
-        unwrap(wrapped).load_state_dict(checkpoint.read(saved, "model"))
-        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", accelerator.scaler)):
+        of_model, of_optimizer = (checkpoint.read(saved, name) for name in ("model", "optimizer"))
+        if sharded is not None:
+            of_model, of_optimizer = sharded.scattered(of_model, of_optimizer)
+        unwrap(wrapped).load_state_dict(of_model)
+        optimizer.load_state_dict(of_optimizer)
+        for name, part in (("schedule", schedule), ("scaler", accelerator.scaler)):
             if part is not None:
                 part.load_state_dict(checkpoint.read(saved, name))
         parts = {"regularizer": regularizer, "target_regularizer": target_regularizer, "teacher": teacher, "average": average}
@@ -229,7 +245,7 @@ def finetune(
                 frozen = teacher(batch)
         given = partial(_inputs, target_regularizer, wrapped, bank)
         last = {**options, "sync": not regularized}
-        terms, of_target = _targeted(encoded, batch, frozen, loss, target_regularizer, settings, step, given, norms, last)
+        terms, of_target = _targeted(encoded, batch, frozen, loss, target_regularizer, settings, step, given, norms, last, declared)
         del batch, frozen
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names what that one used.
         if regularized and regularizer is not None and reference_batches is not None:
@@ -238,7 +254,9 @@ def finetune(
                 with accelerator.autocast():
                     frozen = teacher(batch)
             given = partial(_inputs, regularizer, wrapped, bank)
-            of_reference, value = _regularized(encoded, batch, frozen, regularizer, settings.regularize_every, given, norms, options)
+            of_reference, value = _regularized(
+                encoded, batch, frozen, regularizer, settings.regularize_every, given, norms, options, declared
+            )
             terms |= of_reference
             del batch, frozen
         record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": unwrap(wrapped).logit_scale.exp(), **norms.squares()}
@@ -258,9 +276,13 @@ def finetune(
             for name, weight in (part.weights if part is not None else {}).items():
                 if name in entry:
                     entry[f"{name}/weighted"] = weight * entry[name]
-        if settings.clip_norm is not None:
+        if sharded is not None:
+            sharded.finish_gradients(settings.clip_norm)
+        elif settings.clip_norm is not None:
             accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_norm)
         optimizer.step()
+        if sharded is not None:
+            sharded.after_step()
         if not accelerator.optimizer_step_was_skipped:
             schedule.step()
             for part in (regularizer, target_regularizer, teacher):
@@ -282,7 +304,7 @@ def finetune(
             _save(checkpoints, done, settings, accelerator, state())
         if stopping and done < settings.steps:
             raise RunStoppedError(f"finetune: stopped after step {done} of {settings.steps}.")
-    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if sharded is None else sharded.finish()
     optimizer.zero_grad()
     accelerator.free_memory()  # accelerate keeps every model and optimizer it prepared
     return model.eval()
@@ -325,6 +347,7 @@ def _regularized(
     given: Callable[[], dict[str, Tensor]],
     norms: "_GradientNorms",
     options: dict[str, Any],
+    declared: list[Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
     parts: dict[str, Tensor] = {}
@@ -338,7 +361,7 @@ def _regularized(
     inputs = {key: batch[key] for key in ("image", "text") if key in batch}
     rows = len(next(iter(inputs.values())))
     if len(inputs) == 1 or _on_parameters(regularizer):  # DDP waits for every parameter, those of the other tower too
-        options = {**options, "parameters": [value for value in options["model"].parameters() if value.requires_grad]}
+        options = {**options, "parameters": declared}
     if regularizer.separable:
         total = backward(encoded, inputs, lambda e, index: of(e, _rows(frozen, index), len(index) / rows), separable=True, **options)
     else:
@@ -357,12 +380,13 @@ def _targeted(
     given: Callable[[], dict[str, Tensor]],
     norms: "_GradientNorms",
     options: dict[str, Any],
+    declared: list[Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unweighted terms on a target batch, and its loss with their weighted sum; adds the gradient."""
     parts: dict[str, Tensor] = {}
     images = len(batch["image"])
     if regularizer is not None and _on_parameters(regularizer):
-        options = {**options, "parameters": [value for value in options["model"].parameters() if value.requires_grad]}
+        options = {**options, "parameters": declared}
 
     def total(image: Tensor, text: Tensor | None, teacher: Embeddings | None, batch: Batch) -> Tensor:
         task = norms.watch(Embeddings(image, text), "task")
@@ -474,7 +498,7 @@ class _WeightMean:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = int(state["count"])
-        self.sums = {name: value.to(self.sums[name].device) for name, value in state["sums"].items()}
+        self.sums = {name: like(value, self.sums[name]) for name, value in state["sums"].items()}
 
 
 def _moved(batch: Batch, device: Any) -> Batch:
