@@ -150,7 +150,7 @@ def finetune(
         on_step: called after each step with ``step``; ``loss`` of the target with its terms; ``regularizer``, the weighted sum on the
             reference; for each term its value under its name, times its weight as ``<term>/weighted``, and the norm of its running mean,
             if it has one, as ``<term>/mean_norm``; ``gradient_ratio``, the norm of the terms' gradient with respect to the embeddings
-            by that of the target loss (as :class:`~geomreg.schedules.BalancedWeight` measures it); ``logit_scale``; and
+            of the samples by that of the target loss (as :class:`~geomreg.schedules.BalancedWeight` measures it); ``logit_scale``; and
             ``learning_rate``. Losses and terms are means over the processes.
         should_stop: asked after each step; if true in some process, the run is saved and :class:`RunStoppedError` raised.
 
@@ -389,11 +389,12 @@ def _targeted(
         options = {**options, "parameters": declared}
 
     def total(image: Tensor, text: Tensor | None, teacher: Embeddings | None, batch: Batch) -> Tensor:
-        task = norms.watch(Embeddings(image, text), "task")
-        value = loss(task.image, task.text, batch)
+        paired = loss.paired(text, batch)
+        task = norms.watch(Embeddings(image, None if paired is None else text), "task")  # texts of classes are in every process
+        value = loss(task.image, text if paired is None else task.text, batch)
         if regularizer is None:
             return value
-        seen = norms.watch(Embeddings(image, loss.paired(text, batch)), "regularizer")
+        seen = norms.watch(Embeddings(image, paired), "regularizer")
         terms = regularizer.terms(seen, teacher, **given())
         for name, part in terms.parts.items():
             parts[name] = parts.get(name, 0.0) + len(image) / images * part
