@@ -1,7 +1,7 @@
 """Teacher embeddings on disk: a frozen teacher need not see the same sample twice."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,19 @@ class EmbeddingCache:
 
     def ids(self, modality: str | None = None) -> list[Any]:
         """Ids of all samples of a table, by default the first, in the order of the data set."""
+        return list(self.each_id(modality))
+
+    def each_id(self, modality: str | None = None) -> Iterator[Any]:
+        """The same one after the other; a shard's are in memory."""
         table = self._tables[modality or next(iter(self._tables))]
-        return [one for entry in table.description["shards"] for one in Shard(table.folder, entry["number"]).ids()]
+        return (one for entry in table.description["shards"] for one in Shard(table.folder, entry["number"]).ids())
+
+    def slices(self, modality: str, rows: int) -> Iterator[Tensor]:
+        """``(rows, D)`` fp32 embeddings of a table one after the other, in the order of :meth:`ids`; the last may be shorter."""
+        check_count("EmbeddingCache.slices", "rows", rows, 1)
+        table = self._tables[modality]
+        for start in range(0, len(table), rows):
+            yield torch.from_numpy(table.read(np.arange(start, min(start + rows, len(table))))).float()
 
     def verify(
         self, teacher: Teacher, dataset: Dataset[Any], n: int = 64, *, seed: int = 0, tolerance: float = TOLERANCE, **loading: Any

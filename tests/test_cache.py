@@ -123,6 +123,18 @@ def test_sizes(tmp_path, shape):
     equal(built(tmp_path, data, teacher, shard_rows=shard_rows, batch_size=batch_size), data, teacher)
 
 
+@pytest.mark.parametrize("rows", [1, 7, SHARD, 25, ROWS, 100])  # within a shard, across some, all
+def test_slices_are_the_rows_in_order(tmp_path, rows):
+    cache = built(tmp_path)
+    assert list(cache.each_id("text")) == cache.ids()
+    for modality in ("image", "text"):
+        parts = list(cache.slices(modality, rows))
+        assert [len(part) for part in parts[:-1]] == [rows] * (len(parts) - 1)
+        assert torch.equal(torch.cat(parts), getattr(cache(cache.ids()), modality))
+    with pytest.raises(ValueError, match="expected rows as a whole number >= 1, got 0"):
+        next(cache.slices("image", 0))
+
+
 def test_modalities_are_tables_of_their_own(tmp_path):
     teacher, data = Teacher(Towers(), encode_texts), Pairs()
     cache = built(tmp_path, data, teacher)

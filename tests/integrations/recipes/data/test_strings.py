@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
+from geomreg.integrations.recipes.data import strings
+from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats, rows_of
 
 TEXTS = ["", "dog", "Größe", "犬\n🐕", "\udce9 no UTF-8", "dog", "\0"]
 
@@ -63,3 +64,16 @@ def test_fingerprint_tells_order_borders_and_columns_apart():
     assert fingerprint(TEXTS) == fingerprint(Strings.pack(TEXTS)) == fingerprint(tuple(TEXTS))
     packed = b"".join(number.to_bytes(8, "little") for number in (2, 7, 3)) + "a photo犬".encode()
     assert fingerprint(["a photo", "犬"]) == hashlib.blake2b(packed, digest_size=16).hexdigest()
+
+
+def test_rows_of_texts():
+    among = ["b", "a", "ü", "b", ""]
+    for kind in (list, Strings.pack):
+        assert rows_of(kind(["a", "", "x", "b", "a"]), kind(among)).tolist() == [1, 4, -1, 0, 1]
+    assert rows_of([], among).tolist() == []
+    assert rows_of(["a"], []).tolist() == [-1]
+
+
+def test_rows_of_texts_whose_hashes_collide(monkeypatch):
+    monkeypatch.setattr(strings, "hash", len, raising=False)
+    assert rows_of(["bb", "cc", "c", "dd"], ["aa", "c", "bb", "cc"]).tolist() == [2, 3, 1, -1]
