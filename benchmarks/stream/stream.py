@@ -160,20 +160,27 @@ def measure(folder: Path, kind: str, workers: int, samples: int) -> dict[str, An
             rates["loader"].append(done / (time.perf_counter() - began))
         else:
             for one in range(part):
-                rates["loader"].append(rate(load))
                 if one % 4 == 0:
                     rates["decoder"].append(rate(decode))
                     rates["stacking_decoder"].append(rate(stack))
+                    rates["loader"].append(rate(load))
+                else:
+                    load()
         memory.append(settled())
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+
+    def over(name: str) -> dict[str, float]:
+        return spread(
+            [ours / other for ours, other in zip(rates["loader"], rates[name], strict=True)]
+        )  # of neighbours: others use the machine
+
     return {
         "kind": kind,
         "workers": workers,
         "open_seconds": opened,
         "samples": count * BATCH,
         "samples_per_second": {name: spread(values) for name, values in rates.items()},
-        "loader_over_decoder": medians["loader"] / medians["decoder"],
-        "loader_over_stacking_decoder": medians["loader"] / medians["stacking_decoder"],
+        "loader_over_decoder": over("decoder"),
+        "loader_over_stacking_decoder": over("stacking_decoder"),
         "memory_mb": memory,
         "growth_after_a_tenth_mb": memory[-1] - memory[1],
     }

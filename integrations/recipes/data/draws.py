@@ -1,7 +1,7 @@
 """Random batches that are the same whatever the number of processes and workers, from any step on."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -122,19 +122,37 @@ def loader(dataset: Drawn, draws: Draws, *, workers: int = 0) -> Iterator[dict[s
     check_count("loader", "workers", workers, 0)
     return iter(
         DataLoader(
-            dataset,
-            batch_sampler=draws,
+            _Batches(dataset),
+            batch_size=None,  # they are batches already
+            sampler=draws,
             num_workers=workers,
-            collate_fn=_collated,
+            collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that making a loader moves no one else's random numbers
         )
     )
 
 
-def _collated(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    batch = collate([{key: value for key, value in sample.items() if key != "replaced"} for sample in samples])
-    return batch | {"broken": [message for sample in samples for message in sample["replaced"]]}
+class _Batches(Dataset[dict[str, Any]]):
+    """Batches by their draws."""
+
+    def __init__(self, dataset: Drawn) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, draws: list[tuple[int, int]]) -> dict[str, Any]:
+        replaced: list[str] = []
+
+        def samples() -> Iterator[dict[str, Any]]:
+            for draw in draws:
+                sample = self.dataset[draw]
+                replaced.extend(sample.pop("replaced"))
+                yield sample
+
+        return collate(samples(), len(draws)) | {"broken": replaced}
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 def _seed(*numbers: int) -> int:

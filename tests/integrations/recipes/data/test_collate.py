@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from geomreg.integrations.recipes.data import collate
 
@@ -57,3 +58,28 @@ def test_samples_that_do_not_go_together(other, error, message):
 def test_values_that_are_no_tensors():
     with pytest.raises(TypeError, match=r"^collate: expected image as a tensor, got Image in sample 'a'\. End the transform with ToTensor"):
         collate([sample("a", image=Image.new("RGB", (2, 2)))])
+
+
+def test_samples_are_copied_before_the_next_is_made():
+    def samples():
+        reused = torch.empty(3, 2, 2)
+        for k in range(4):
+            yield {"id": str(k), "image": reused.fill_(k)}
+
+    for batch in (collate(samples(), 4), collate(samples(), 9)):
+        assert batch["id"] == list("0123")
+        assert batch["image"][:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert len(batch["image"]) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.int64, torch.bool])
+def test_kinds_of_numbers(workers, dtype):
+    data = [{"id": str(k), "image": torch.tensor([[k % 2, 1]], dtype=dtype), "label": k, "flag": k > 2} for k in range(5)]
+    first, last = DataLoader([*data, BROKEN], batch_size=3, num_workers=workers, collate_fn=collate)
+    assert first["image"].dtype == last["image"].dtype == dtype
+    assert torch.equal(torch.cat([first["image"], last["image"]]), torch.stack([one["image"] for one in data]))
+    assert torch.equal(torch.cat([first["label"], last["label"]]), torch.arange(5))
+    assert torch.equal(torch.cat([first["flag"], last["flag"]]), torch.arange(5) > 2)
+    assert last["broken"] == [BROKEN["broken"]]
+    assert all(value.is_shared() == bool(workers) for value in first.values() if isinstance(value, torch.Tensor))

@@ -1,6 +1,7 @@
 """Batches depend on seed and step alone: not on processes, workers or where a run began."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -80,6 +81,26 @@ def test_augmentation_depends_on_seed_epoch_and_row(workers):
     assert not torch.equal(batches(0, seed=6)[0]["image"], expected[0]["image"])
     of_row = {(b["id"][k], b["image"][k, 0].item()) for b in expected for k in range(4)}
     assert len(of_row) == 32  # the second epoch's are others
+
+
+def test_augmentation_leaves_other_devices_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    assert torch.equal(Drawn(Numbers(), seed=0)[0, 1]["image"], Drawn(Numbers(), seed=0)[0, 1]["image"])
+
+
+def test_a_batch_is_made_sample_by_sample():
+    """Only the last sample is still there when the next is made."""
+    alive = []
+
+    class Watched(Numbers):
+        def __getitem__(self, row):
+            assert sum(one() is not None for one in alive) <= 1
+            sample = super().__getitem__(row)
+            alive.append(weakref.ref(sample["image"]))
+            return sample
+
+    batch = next(loader(Drawn(Watched(), seed=0), Draws(23, 8, seed=0)))
+    assert len(alive) == len(batch["id"]) == 8
 
 
 def test_broken_samples_are_replaced_and_named():
