@@ -35,6 +35,7 @@ class Captioned(Dataset[dict[str, Any]]):
 
     Attributes:
         dataset, path, tokenizer: as given.
+        captions: N strings.
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,7 +69,9 @@ class Captioned(Dataset[dict[str, Any]]):
             captions.append(Strings.pack(fields[caption].strip() for _, fields in chunk))
         if not lines:
             raise ValueError(f"Captioned: expected rows after the header of {self.path}, got none. Write a row for each sample.")
-        self._captions = _of_samples(self.path, dataset.ids, Strings.concatenate(ids), Strings.concatenate(captions), np.concatenate(lines))
+        self.captions: Sequence[str] = _of_samples(
+            self.path, dataset.ids, Strings.concatenate(ids), Strings.concatenate(captions), np.concatenate(lines)
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "dataset":  # not there yet
@@ -83,12 +86,12 @@ class Captioned(Dataset[dict[str, Any]]):
         sample = self.dataset[index]
         if "broken" in sample:
             return sample
-        return {**sample, "caption": tokenize("Captioned", self.tokenizer, self._captions[index])}
+        return {**sample, "caption": tokenize("Captioned", self.tokenizer, self.captions[index])}
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """The data set's, and a digest of ids and captions."""
-        return {**self.dataset.fingerprint, "caption": fingerprint(self.dataset.ids, self._captions)}
+        return {**self.dataset.fingerprint, "caption": fingerprint(self.dataset.ids, self.captions)}
 
 
 def _of_samples(path: str, samples: Sequence[str], ids: Strings, captions: Strings, lines: np.ndarray) -> Strings:

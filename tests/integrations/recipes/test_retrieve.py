@@ -5,11 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from geomreg import EmbeddingCache, Embeddings, Teacher
+from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes import retrieve as module
-from geomreg.integrations.recipes.data import CsvPairs, Subset
+from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, Subset
+from geomreg.integrations.recipes.embed import Options as EmbedOptions
+from geomreg.integrations.recipes.embed import embed_data
 from geomreg.integrations.recipes.retrieve import RetrieveOptions, retrieve
 
 TARGET, POOL, WIDTH = 11, 40, 4
@@ -108,6 +112,21 @@ def test_a_subset_takes_the_file(data, caches, tmp_path):
     pairs = CsvPairs(tmp_path / "pairs.csv", transform=None, tokenizer=lambda texts: torch.zeros(1, 3).long(), modalities=("text",))
     ids = retrieve(RetrieveOptions(**caches, output=tmp_path / "deep" / "er" / "ids.txt", k=2))
     assert sorted(Subset(pairs, tmp_path / "deep" / "er" / "ids.txt").ids) == sorted(ids)
+
+
+def test_caches_of_embed(tmp_path):
+    """Pictures are found again in a pool of other pictures, with a real model."""
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), dtype=np.uint8)
+    for name, rows in (("target", (2, 5)), ("pool", range(8))):
+        (tmp_path / name / "class").mkdir(parents=True)
+        for row in rows:
+            Image.fromarray(pictures[row]).save(tmp_path / name / "class" / f"{row}.png")
+        options = {"data": tmp_path / name, "output": tmp_path / f"{name} cache", "modality": "image"}
+        embed_data(EmbedOptions(str(model_folder()), **options, device="cpu", workers=0, check=0))
+    options = {"target": tmp_path / "target cache", "pool": tmp_path / "pool cache", "output": tmp_path / "ids.txt"}
+    assert sorted(retrieve(RetrieveOptions(**options, k=1))) == ["class/2.png", "class/5.png"]
+    data = Subset(LabelledFolder(tmp_path / "pool", transform=np.asarray), tmp_path / "ids.txt")
+    assert [sample["image"].tolist() for sample in data] == [pictures[2].tolist(), pictures[5].tolist()]
 
 
 def test_names_that_are_not_utf8(data, tmp_path):
