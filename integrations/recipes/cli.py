@@ -48,11 +48,13 @@ def _run(arguments: list[str]) -> int:
     from geomreg.integrations.recipes.embed import embed_data
     from geomreg.integrations.recipes.ensemble import EnsembleOptions, ensemble
     from geomreg.integrations.recipes.finetune import finetune_from
+    from geomreg.integrations.recipes.retrieve import RetrieveOptions, retrieve
 
     commands: dict[str, tuple[Callable[[Any], Any], type[Any], str]] = {
         "quickstart": (quickstart, QuickstartOptions, "plain FLYP against FLYP + DiVE on OpenMoji pictures, a few minutes on a CPU"),
         "finetune": (finetune_from, Config, "fine-tune your own CLIP, with a regularizer that keeps what it knew"),
         "ensemble": (ensemble, EnsembleOptions, "weights between a model and its fine-tuned self"),
+        "retrieve": (retrieve, RetrieveOptions, "the samples of a pool that are nearest to your data, by two caches (ARF)"),
         "embed": (embed_data, EmbedOptions, "a cache of a frozen model's embeddings, for Teacher.cached"),
     }
     parser = Parser(prog="geomreg", description="Fine-tune embedding models without losing their geometry.")

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,10 @@ from accelerate import PartialState
 from torch import nn
 
 from geomreg.cache import EmbeddingCache
+from geomreg.integrations.recipes.config import DataConfig
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
-from geomreg.integrations.recipes.models import load
+from geomreg.integrations.recipes.models import Model, load
+from geomreg.integrations.recipes.streams import read
 from geomreg.integrations.recipes.train import Batch, encode
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
@@ -31,7 +33,7 @@ class Options:
 
     Args:
         model: name of an open_clip model, or a folder with open_clip_config.json and weights.
-        data: CSV or TSV file of image-text pairs, or a folder of class folders.
+        data: CSV or TSV file of image-text pairs, a folder of class folders, or with ``kind`` what that reader takes.
         output: folder of the cache; an interrupted build goes on there.
         pretrained: tag or file of the weights; not for a folder.
         modality: what to embed; "text" after captions or tokenizer have changed keeps the images.
@@ -40,6 +42,9 @@ class Options:
         batch_size: samples at a time.
         workers: processes that load samples.
         device: "auto" takes a GPU if there is one; or "cpu", "cuda".
+        kind: of other data: ``tar``, ``coco``, ``flickr8k``, ``imagenet``, ``iwildcam``, ``fmow``, ``csv``, ``folder``, as for ``geomreg
+            finetune``; by default a folder of class folders or a CSV file.
+        options: of the reader of this kind, by name; the options below are for the default.
         image_key: column of the image paths (CSV).
         caption_key: column of the captions (CSV).
         id_key: column of the ids (CSV).
@@ -62,6 +67,8 @@ class Options:
     batch_size: int = 256
     workers: int = 4
     device: str = "auto"
+    kind: Literal["csv", "folder", "imagenet", "tar", "coco", "flickr8k", "iwildcam", "fmow"] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     image_key: str | None = None
     caption_key: str | None = None
     id_key: str | None = None
@@ -71,6 +78,12 @@ class Options:
     templates: tuple[str, ...] = ("a photo of a {}.",)
     strict: bool = False
     check: int = 64
+
+    def __post_init__(self) -> None:
+        if self.options and self.kind is None:
+            raise ValueError(f"embed: expected kind with options, got options {', '.join(self.options)} alone. Say of which reader.")
+        if self.kind is not None:
+            DataConfig(self.kind, str(self.data), self.options)  # refuses options that it does not have
 
 
 def embed_data(options: Options) -> EmbeddingCache:
@@ -84,7 +97,7 @@ def embed_data(options: Options) -> EmbeddingCache:
         raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')
     loaded = load(options.model, options.pretrained)
     modalities = ("image", "text") if options.modality == "both" else (options.modality,)
-    dataset = _data(options, loaded.transform, loaded.tokenizer, modalities)
+    dataset = _data(options, loaded, modalities)
     precision = _PRECISIONS[options.precision]
 
     def encode_in_precision(model: nn.Module, batch: Batch) -> Embeddings:
@@ -112,7 +125,11 @@ def embed_data(options: Options) -> EmbeddingCache:
     return cache
 
 
-def _data(options: Options, transform: Any, tokenizer: Any, modalities: tuple[str, ...]) -> CsvPairs | LabelledFolder:
+def _data(options: Options, loaded: Model, modalities: tuple[str, ...]) -> Any:
+    transform, tokenizer = loaded.transform, loaded.tokenizer
+    if options.kind is not None:
+        found = DataConfig(options.kind, str(options.data), options.options)
+        return read(found, loaded, transform=transform, modalities=modalities, strict=options.strict)
     if options.data.is_dir():
         return LabelledFolder(
             options.data,
@@ -127,7 +144,7 @@ def _data(options: Options, transform: Any, tokenizer: Any, modalities: tuple[st
     return CsvPairs(options.data, transform=transform, tokenizer=tokenizer, modalities=modalities, **keys)
 
 
-def _list_skipped(cache: EmbeddingCache, dataset: CsvPairs | LabelledFolder, path: Path) -> None:
+def _list_skipped(cache: EmbeddingCache, dataset: Any, path: Path) -> None:
     """What has no row and why, in a file; and on one line how many."""
     embedded = set(cache.ids("image"))
     lines = [f"{sample}\t{dataset[row].get('broken', 'left out')}" for row, sample in enumerate(dataset.ids) if sample not in embedded]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 
 import numpy as np
 import open_clip
@@ -12,6 +13,7 @@ from PIL import Image
 from geomreg import EmbeddingCache, Teacher
 from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes.cli import main
+from geomreg.integrations.recipes.config import READERS
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
 from geomreg.integrations.recipes.embed import Options, embed_data
 from geomreg.integrations.recipes.models import load
@@ -133,3 +135,38 @@ def test_fingerprint_is_readable(pairs, tmp_path):
     assert "0x" not in fingerprint["preprocessing"]
     assert fingerprint["normalisation"] == "unit"
     assert fingerprint["data set"].startswith("11 samples, ids ")
+
+
+@pytest.mark.parametrize("kind", ["tar", "csv", "flickr8k"])
+def test_every_kind_of_reader(pairs, emojiclip, tmp_path, kind):
+    """The cache has the reader's ids, so that a run on the same data finds them."""
+    model, transform, tokenizer = emojiclip
+    folder = pairs.parent
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for row in range(ROWS):
+            (folder / f"{row}.txt").write_text(f"picture {row}")
+            tar.add(folder / "images" / f"{row}.png", f"{row}.png")
+            tar.add(folder / f"{row}.txt", f"{row}.txt")
+    (folder / "captions.token").write_text("".join(f"{row}.png#0\tpicture {row}\n" for row in range(ROWS)))
+    root = {"root": str(folder / "images")}
+    path, more = {"tar": ("*.tar", {}), "csv": ("pairs.tsv", {"id_key": "title"}), "flickr8k": ("captions.token", root)}[kind]
+    arguments = ["--model", str(model_folder()), "--data", str(folder / path), "--kind", kind, "--options", json.dumps(more)]
+    assert main(["embed", *arguments, "--output", str(tmp_path / "out"), "--device", "cpu", "--workers", "0"]) == 0
+    data = READERS[kind](str(folder / path), transform=transform, tokenizer=tokenizer, **more)
+    cache = EmbeddingCache.open(tmp_path / "out")
+    assert sorted(cache.ids("image")) == sorted(cache.ids("text")) == sorted(data.ids)
+    batch = collate([data[row] for row in (3, 10, 0)])
+    for found, expected in zip(cache(batch["id"]), Teacher(model, encode)(batch), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": {"json_key": "c"}}, "expected kind with options, got options json_key alone"),
+        ({"kind": "tar", "options": {"jsonkey": "c"}}, "expected options of TarPairs, got 'jsonkey'. Did you mean 'json_key'"),
+    ],
+)
+def test_options_of_readers(pairs, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        options(pairs, tmp_path / "out", **changes)
