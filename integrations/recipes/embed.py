@@ -91,7 +91,7 @@ def embed_data(options: Options) -> EmbeddingCache:
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the work. Images that cannot be read are listed in skipped.txt.
     """
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())  # on a CPU accelerate must be told
     device = state.device if options.device == "auto" else torch.device(options.device)
     if device.type != state.device.type:
         raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')

@@ -61,7 +61,7 @@ def finetune_from(config: Config) -> Path:
     """
     check_trackers(config.trackers)
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # accelerate joins processes on a CPU only when told so
         mixed_precision=config.train.precision,
         log_with=list(config.trackers) if config.trackers and not config.dry_run else None,
         project_dir=str(config.output),
@@ -128,13 +128,7 @@ class _Run:
         self.teacher = teacher if banked or any(one.needs_teacher for one in of_both) else None
 
         def stream(data: Any, size: int, seed: int, modalities: tuple[str, ...], *, shared: bool = True, **options: Any) -> Stream:
-            options = {
-                "transform": loaded.transform,
-                "modalities": modalities,
-                "workers": train.workers,
-                "strict": config.strict,
-                **options,
-            }
+            options = {"transform": loaded.transform, "modalities": modalities, "strict": config.strict, **options}
             return Stream(data, loaded, accelerator if shared else None, size=size, seed=seed, workers=train.workers, **options)
 
         pairs, found = ("image", "text"), reference_of(config)

@@ -20,6 +20,8 @@ from geomreg.integrations.recipes import finetune as finetune_module
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.models import load
 
+DEVICE = "cpu" if torch.accelerator.is_available() else "auto"  # which must join the processes too
+
 pytestmark = pytest.mark.slow
 CLI = ["-m", "geomreg.integrations.recipes.cli"]
 SHARDED = {"all weights": [], "shards": ["--train.shard", "true"]}
@@ -47,7 +49,7 @@ def arguments(data, output, method, *options):
     train = {"steps": 6, "batch_size": 8, "learning_rate": 1e-4, "warmup_steps": 1, "workers": 0, "save_every": 100, "evaluate_every": 4}
     given = ["finetune", "--model.name", str(model_folder()), "--target.kind", "folder", "--target.path", str(data / "classes")]
     given += [part for key, value in train.items() for part in (f"--train.{key}", str(value))]
-    given += ["--evaluation", json.dumps(evaluation), "--best", "id", "--device", "cpu", "--output", str(output)]
+    given += ["--evaluation", json.dumps(evaluation), "--best", "id", "--device", DEVICE, "--output", str(output)]
     return given + [str(data / part) if part == "pairs.tsv" else part for part in METHODS[method]] + list(options)
 
 
