@@ -32,6 +32,7 @@ __all__ = [
     "check_maps",
     "check_mask",
     "check_matrix",
+    "check_max_samples",
     "check_mean",
     "check_modalities",
     "check_modality",
@@ -50,10 +51,13 @@ __all__ = [
     "check_same_ids",
     "check_same_keys",
     "check_same_rows",
+    "check_same_samples",
+    "check_sample_count",
     "check_samples",
     "check_scalar",
     "check_scale",
     "check_student",
+    "check_tensors_or_embeddings",
     "check_weight",
     "check_width",
     "describe",
@@ -429,21 +433,21 @@ def check_samples(name: str, student: Tensor, teacher: Tensor, *, minimum: int, 
         raise ValueError(
             f"{name}: expected {what}, got {tuple(student.shape)} and {tuple(teacher.shape)}. Embed the same samples with both."
         )
-    if len(student) < minimum:
-        raise ValueError(f"{name}: expected at least {minimum} samples, got {len(student)}. Distances need more samples to be compared.")
+    check_sample_count(name, len(student), minimum)
 
 
 def check_modality(name: str, embeddings: Embeddings, modality: str) -> Tensor:
-    """The image or text embeddings, or both one under the other for ``"stacked"``."""
+    """The image or text embeddings, or both one under the other for ``"stacked"`` and ``"cross-modal"``."""
     if not isinstance(embeddings, Embeddings):
         raise TypeError(f"{name}: expected geomreg.Embeddings(image=, text=), got {describe(embeddings)}. Wrap the tensors.")
-    needed = Embeddings._fields if modality == "stacked" else (modality,)
+    both = modality in ("stacked", "cross-modal")
+    needed = Embeddings._fields if both else (modality,)
     values = [getattr(embeddings, field) for field in needed]
     for field, value in zip(needed, values, strict=True):
         if value is None:
             raise ValueError(f'{name}: expected {field} embeddings for modality="{modality}", got None. Embed them or change modality.')
         check_matrix(name, field, value)
-    if modality == "stacked":
+    if both:
         check_paired(name, *values)
     return torch.cat(values)
 
@@ -494,3 +498,37 @@ def check_same_keys(name: str, first: Mapping[str, Tensor], second: Mapping[str,
                 f"{name}: expected equal shapes and kinds for {key!r}, got {describe(one)} and {describe(two)}. "
                 "Use checkpoints of one architecture."
             )
+
+
+def check_sample_count(name: str, count: int, minimum: int) -> None:
+    """Enough samples for distances that can be compared."""
+    if count < minimum:
+        raise ValueError(f"{name}: expected at least {minimum} samples, got {count}. Distances need more samples to be compared.")
+
+
+def check_tensors_or_embeddings(name: str, value: object, modality: str | None) -> Tensor:
+    """A tensor without ``modality``; with one, what :func:`check_modality` gives."""
+    if modality is not None:
+        return check_modality(name, value, modality)  # type: ignore[arg-type]  # any other type raises
+    if isinstance(value, Embeddings):
+        raise TypeError(f'{name}: expected tensors without modality, got Embeddings. Pass modality="image", say.')
+    return value  # type: ignore[return-value]  # check_samples follows
+
+
+def check_same_samples(name: str, first: Sequence[object], second: Sequence[object], of_first: str, of_second: str) -> None:
+    """The same sample ids, in any order."""
+    if differing := set(first) ^ set(second):
+        shown = ", ".join(repr(one) for one in sorted(differing, key=repr)[:3])
+        raise ValueError(
+            f"{name}: expected {of_second} of the same samples as {of_first}, got {len(differing)} that only one of them has: {shown}. "
+            "Pass ids= of common ones."
+        )
+
+
+def check_max_samples(name: str, rows: int, limit: int) -> None:
+    """No more rows than a metric is allowed to keep."""
+    if rows > limit:
+        raise ValueError(
+            f"{name}: expected at most max_samples={limit} rows, got {rows}. Take a subset, or raise max_samples "
+            "(the cost grows with its square)."
+        )

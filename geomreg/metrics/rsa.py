@@ -1,5 +1,6 @@
 """Representational similarity analysis: do two embedding spaces order the same samples by the same distances?"""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,30 +8,67 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from geomreg.checks import check_modality, check_next, check_option, check_same_ids, check_samples
+from geomreg.cache import EmbeddingCache
+from geomreg.checks import (
+    check_count,
+    check_fraction,
+    check_max_samples,
+    check_modality,
+    check_next,
+    check_option,
+    check_same_ids,
+    check_same_samples,
+    check_sample_count,
+    check_samples,
+    check_tensors_or_embeddings,
+)
+from geomreg.metrics.rsa_bootstrap import RSAInterval, interval_of
+from geomreg.metrics.rsa_moments import CLOSED, Moments, closed_sums, precise
+from geomreg.metrics.rsa_pairs import Pairs, Space, equal_distances
+from geomreg.metrics.rsa_ranks import BoundedRSA, by_histogram, ranks
 from geomreg.types import Embeddings
 
-__all__ = ["RSA", "rsa"]
+__all__ = ["RSA", "BoundedRSA", "RSAInterval", "bounded_rsa", "rsa", "rsa_interval", "rsa_of_caches"]
 
 DISSIMILARITIES = ("euclidean", "sqeuclidean", "cosine", "correlation")
 CORRELATIONS = ("pearson", "spearman")
+METHODS = ("auto", "exact", "histogram")
+MODALITIES = ("image", "text", "stacked", "cross-modal")
+SORTED = 2**23  # pairs whose ranks are sorted by default: 4,096 samples; 50 bytes each
+LOOSE = 1e-3  # a bound above this is worth a warning
 
 
-def rsa(student: Tensor, teacher: Tensor, *, dissimilarity: str = "euclidean", correlation: str = "pearson") -> Tensor:
+def rsa(
+    student: Tensor | Embeddings,
+    teacher: Tensor | Embeddings,
+    *,
+    dissimilarity: str = "euclidean",
+    correlation: str = "pearson",
+    modality: str | None = None,
+    method: str = "auto",
+) -> Tensor:
     r"""Correlation of the two spaces' dissimilarities over all pairs of distinct samples.
 
     Args:
-        student: ``(N, D)`` embeddings, as they come.
+        student: ``(N, D)`` embeddings, as they come; or :class:`~geomreg.Embeddings`, of which ``modality`` says what is compared.
         teacher: ``(N, E)`` embeddings of the same samples in the same order; the widths may differ.
         dissimilarity: ``"euclidean"``, ``"sqeuclidean"`` (rsatoolbox's "euclidean" up to a factor), ``"cosine"``
             (1 - cosine) or ``"correlation"`` (1 - Pearson across the width).
         correlation: ``"pearson"``, or ``"spearman"`` (mean ranks for ties).
+        modality: None for tensors; for Embeddings ``"image"``, ``"text"``, ``"stacked"`` (images and texts as 2 N samples in one set) or
+            ``"cross-modal"`` (the N x N dissimilarities of image i to text j, those of a sample's own image and text among them: the
+            block that retrieval and zero-shot classification read).
+        method: how. Pearson is exact either way: ``"auto"`` takes sums over samples where they are precise, ``"exact"`` always goes through
+            the pairs. Spearman: ``"exact"`` sorts all pairs, ``"histogram"`` ranks them in 2^20 bins, ``"auto"`` sorts up to 4,096
+            samples (2^23 pairs). The error of a histogram has a proved bound, see :func:`bounded_rsa`; above 1e-3 a warning gives it.
 
     Returns:
         0-d fp64 tensor in [-1, 1].
 
     Scale:
-        Free of units. Time O(N^2 (D + E)); memory for the N (N - 1) / 2 distances of each space in fp64.
+        Free of units. Pearson of squared Euclidean, cosine and correlation dissimilarity with at least as many samples as dimensions:
+        time O(N D^2), memory O(D^2). It needs distances that spread by more than 0.3 % of their mean; others, and all that is left, go
+        through the pairs tile by tile: time O(N^2 D), memory O(N D); exact Spearman 50 bytes a pair.
 
     Invariances:
         Permutation of samples; positive scaling of either space. An orthogonal map of either space, except for
@@ -38,83 +76,199 @@ def rsa(student: Tensor, teacher: Tensor, *, dissimilarity: str = "euclidean", c
         dissimilarities, *not* for cosine and correlation.
 
     Raises:
-        TypeError: not floating-point tensors.
+        TypeError: not floating-point tensors or Embeddings of them.
         ValueError: fewer than 3 samples, different numbers of samples, NaN or infinity, a zero vector under ``"cosine"`` or
             a constant one under ``"correlation"``, all distances of a space equal (the correlation is undefined).
 
     Example:
         >>> import torch
         >>> points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
-        >>> rsa(2 * points + 5, points).item()
+        >>> round(rsa(2 * points + 5, points).item(), 9)
         1.0
 
     Reference:
         Kriegeskorte et al., Representational similarity analysis, Frontiers in Systems Neuroscience 2008. DiVE
         (arXiv 2511.09973) reports an RSA score without saying which; compare only scores of one definition.
     """
-    check_option("rsa", "dissimilarity", dissimilarity, DISSIMILARITIES)
-    check_option("rsa", "correlation", correlation, CORRELATIONS)
-    check_samples("rsa", student, teacher, minimum=3)
-    one, two = (_distances("rsa", value, dissimilarity) for value in (student, teacher))
-    if correlation == "spearman":
-        one, two = _ranks(one), _ranks(two)
-    return pearson("rsa", one, two)
+    value, bound = _score("rsa", student, teacher, dissimilarity, correlation, modality, method)
+    if bound > LOOSE:
+        warnings.warn(
+            f"rsa: the histogram leaves an error of up to {float(bound):.1g} in {float(value):.4f}. "
+            'Pass method="exact", or see geomreg.metrics.bounded_rsa for more bins.',
+            stacklevel=2,
+        )
+    return value
+
+
+def bounded_rsa(
+    student: Tensor | Embeddings,
+    teacher: Tensor | Embeddings,
+    *,
+    dissimilarity: str = "euclidean",
+    modality: str | None = None,
+    method: str = "histogram",
+    bins: int = 1 << 20,
+) -> BoundedRSA:
+    """Spearman :func:`rsa` with a proved bound on its error.
+
+    Args:
+        student: as for :func:`rsa`.
+        teacher: as for :func:`rsa`.
+        dissimilarity: as for :func:`rsa`.
+        modality: as for :func:`rsa`.
+        method: ``"histogram"``, ``"exact"`` or ``"auto"``, as for :func:`rsa`.
+        bins: of each histogram, at least 8; the bound falls about as 1 / bins.
+
+    Returns:
+        :class:`BoundedRSA`: the exact score, with mean ranks for ties and values that differ by rounding (1e-11) alone taken as tied,
+        is within ``bound`` of ``value``. The proof is in ``geomreg/metrics/rsa_ranks.py``; it assumes nothing about the distances.
+        The error itself is usually a thousandth of the bound.
+
+    Raises:
+        TypeError, ValueError: as :func:`rsa`.
+
+    Example:
+        >>> import torch
+        >>> points = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+        >>> value, bound = bounded_rsa(points.round(decimals=1), points)
+        >>> abs(value - rsa(points.round(decimals=1), points, correlation="spearman")) <= bound
+        tensor(True)
+    """
+    check_count("bounded_rsa", "bins", bins, 8)
+    return _score("bounded_rsa", student, teacher, dissimilarity, "spearman", modality, method, bins=bins)
+
+
+def rsa_interval(
+    student: Tensor | Embeddings,
+    teacher: Tensor | Embeddings,
+    *,
+    dissimilarity: str = "euclidean",
+    correlation: str = "pearson",
+    modality: str | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> RSAInterval:
+    """:func:`rsa` with a bootstrap interval over samples: what another draw of as many samples might have given.
+
+    Samples are resampled, not pairs, which are not independent. A pair of two draws of one sample is left out; a sample's own image-text
+    distance counts once for each draw of the sample. Resamples of fewer than 3 different samples or of equal distances are left out.
+    Percentiles of the others are the interval.
+
+    Args:
+        student: as for :func:`rsa`. With Embeddings a sample is a pair of image and text, drawn together.
+        teacher: as for :func:`rsa`.
+        dissimilarity: as for :func:`rsa`.
+        correlation: as for :func:`rsa`.
+        modality: as for :func:`rsa`.
+        level: share of the bootstrap scores inside.
+        resamples: how many.
+        seed: of the draws.
+
+    Returns:
+        :class:`RSAInterval`.
+
+    Scale:
+        Pearson: O(N^2 resamples) in matrix products over tiles (or, for squared distances in few dimensions, O(N D^2 resamples)); nothing
+        is computed from embeddings twice. Spearman: up to 2^23 pairs (4,096 samples), whose ranks are exact up to 2^14 pairs and rounded to
+        2^14 classes beyond.
+
+    Raises:
+        TypeError, ValueError: as :func:`rsa`; more pairs than that under Spearman; most resamples undefined.
+
+    Reference:
+        Nili et al., A toolbox for representational similarity analysis, PLOS Computational Biology 2014 (bootstrap over conditions);
+        pairs of a condition with itself left out as in rsatoolbox: Schuett et al., Statistical inference on representational
+        geometries, eLife 2023, who show that this interval is somewhat wide.
+    """
+    name = "rsa_interval"
+    check_fraction(name, "level", level, below_one=True)
+    check_count(name, "resamples", resamples, 1)
+    value, _ = _score(name, student, teacher, dissimilarity, correlation, modality, "auto")
+    one, two = (check_tensors_or_embeddings(name, rows, modality) for rows in (student, teacher))
+    pairs = _pairs(name, one, two, dissimilarity, modality)
+    if correlation == "spearman" and pairs.number > SORTED:
+        raise ValueError(f"{name}: expected at most {SORTED} pairs for a Spearman interval, got {pairs.number}. Take a subset, or Pearson.")
+    return interval_of(
+        name, pairs, value, parts=2 if modality in ("stacked", "cross-modal") else 1, spearman=correlation == "spearman",
+        level=level, resamples=resamples, seed=seed, closed=(one, two, dissimilarity) if modality in (None, "image", "text") else None,
+    )  # fmt: skip
+
+
+def _score(
+    name: str,
+    student: Tensor | Embeddings,
+    teacher: Tensor | Embeddings,
+    dissimilarity: str,
+    correlation: str,
+    modality: str | None,
+    method: str,
+    bins: int = 1 << 20,
+) -> BoundedRSA:
+    check_option(name, "dissimilarity", dissimilarity, DISSIMILARITIES)
+    check_option(name, "correlation", correlation, CORRELATIONS)
+    check_option(name, "method", method, METHODS if correlation == "spearman" else METHODS[:2])
+    check_option(name, "modality", modality, (None, *MODALITIES))
+    one, two = (check_tensors_or_embeddings(name, rows, modality) for rows in (student, teacher))
+    cross = modality == "cross-modal"
+    for rows in zip(*((value.chunk(2) if cross else (value,)) for value in (one, two)), strict=True):
+        check_samples(name, *rows, minimum=3)
+    if correlation == "pearson" and method == "auto" and dissimilarity in CLOSED and max(one.shape[1], two.shape[1]) <= len(one):
+        sums = closed_sums(name, one, two, dissimilarity, cross=cross)
+        if precise(sums):
+            return _exact(sums.correlation())
+    pairs = _pairs(name, one, two, dissimilarity, modality)
+    if correlation == "pearson":
+        return _exact(pairs.sums(name).correlation())
+    if method == "histogram" or (method == "auto" and pairs.number > SORTED):
+        return by_histogram(name, pairs, bins)
+    values = []
+    for value in pairs.gathered():
+        check_spread(name, value)
+        values.append(ranks(value))
+    return _exact(pearson(name, *values))
+
+
+def _exact(value: Tensor) -> BoundedRSA:
+    return BoundedRSA(value, torch.zeros_like(value))
+
+
+def _pairs(name: str, student: Tensor, teacher: Tensor, dissimilarity: str, modality: str | None) -> Pairs:
+    return Pairs(Space.of(name, student, dissimilarity), Space.of(name, teacher, dissimilarity), modality == "cross-modal")
 
 
 def pearson(name: str, one: Tensor, two: Tensor) -> Tensor:
     """Pearson correlation of two vectors in fp64; undefined for a constant one, which raises."""
     deviations = []
     for value in (one, two):
-        if value.max() - value.min() <= 1e-12 * value.abs().max():
-            raise ValueError(
-                f"{name}: expected distances that differ, got {value.numel()} equal ones. The correlation is undefined; "
-                "look for collapsed embeddings or take more samples."
-            )
+        check_spread(name, value)
         deviation = value - value.mean()
         deviations.append(deviation / torch.linalg.vector_norm(deviation))
     return torch.dot(deviations[0], deviations[1]).clamp(-1, 1)
 
 
-def _distances(name: str, embeddings: Tensor, dissimilarity: str) -> Tensor:
-    """Condensed dissimilarities ``(N (N - 1) / 2,)`` in fp64, row by row of the upper triangle.
-
-    Differences of vectors, never differences of inner products: accurate for neighbours that nearly coincide.
-    """
-    x = embeddings.detach().double()
-    if dissimilarity == "correlation":
-        x = x - x.mean(dim=1, keepdim=True)
-    if dissimilarity in ("cosine", "correlation"):
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        scale = embeddings.detach().double().abs().amax(dim=1, keepdim=True)
-        if bool((norms <= 1e-12 * scale).any()):
-            raise ValueError(
-                f'{name}: expected vectors with a direction for "{dissimilarity}", got a zero or constant one. '
-                'Drop that sample or use "euclidean".'
-            )
-        return torch.pdist(x / norms).square() / 2
-    distances = torch.pdist(x)
-    return distances.square() if dissimilarity == "sqeuclidean" else distances
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, the mean rank for ties; values that differ by rounding alone are ties, zero distances included."""
-    ordered, order = values.sort()
-    step = ordered.diff() > 1e-9 * ordered[1:].abs() + 1e-12 * ordered[-1].abs()
-    group = torch.cat([step.new_zeros(1, dtype=torch.long), step.long().cumsum(dim=0)])
-    counts = torch.bincount(group).double()
-    mean_rank = counts.cumsum(dim=0) - (counts - 1) / 2
-    return torch.empty_like(values).scatter_(0, order, mean_rank[group])
+def check_spread(name: str, value: Tensor) -> None:
+    if value.max() - value.min() <= 1e-12 * value.abs().max():
+        raise equal_distances(name, value.numel())
 
 
 class RSA(Metric):
-    """Metric form of :func:`rsa`: collects embeddings over batches and processes.
+    """Metric form of :func:`rsa` or, with ``level``, of :func:`rsa_interval`: collects embeddings over batches and processes.
 
     Args:
-        modality: ``"image"``, ``"text"``, or ``"stacked"`` (images and texts in one set of samples, which adds the
-            cross-modal distances).
+        modality: ``"image"``, ``"text"``, ``"stacked"`` (images and texts in one set of samples) or ``"cross-modal"`` (image i to text
+            j), see :func:`rsa`.
         dissimilarity: see :func:`rsa`.
         correlation: see :func:`rsa`.
-        max_samples: more rows than this raise in ``compute``: memory grows with their square (10,000 take 0.8 GB).
+        method: see :func:`rsa`.
+        level: of a bootstrap interval; None for the score alone.
+        resamples: see :func:`rsa_interval`.
+        seed: see :func:`rsa_interval`.
+        keep_rows: by default Pearson of squared Euclidean, cosine and correlation dissimilarity streams: it keeps sums of 3 D^2 fp64
+            numbers (6 MB at width 512), whatever the number of samples. True keeps the rows, for few samples in very many dimensions, or
+            distances that spread so little (0.3 % of their mean) that rounding would show in sums, which is an error.
+        max_samples: more rows than this, where rows must be kept, raise in ``compute``: time grows with their square (a minute
+            for 50,000 under Pearson), and memory with their number.
 
     ``update(student, teacher, ids=..., teacher_ids=...)`` takes :class:`~geomreg.Embeddings`; with integer ids given, a
     different order on the two sides, or the same sample twice (a distributed sampler that pads), is an error.
@@ -122,7 +276,11 @@ class RSA(Metric):
 
     is_differentiable = False
     higher_is_better = True
-    full_state_update = False
+    full_state_update = True  # sums of two batches are merged, not added
+    student: list[Tensor]
+    teacher: list[Tensor]
+    ids: list[Tensor]
+    moments: list[Tensor]
 
     def __init__(
         self,
@@ -130,15 +288,27 @@ class RSA(Metric):
         modality: str = "image",
         dissimilarity: str = "euclidean",
         correlation: str = "pearson",
+        method: str = "auto",
+        level: float | None = None,
+        resamples: int = 1000,
+        seed: int = 0,
+        keep_rows: bool = False,
         max_samples: int = 10_000,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_option("RSA", "modality", modality, ("image", "text", "stacked"))
+        self.set_dtype(torch.float64)  # of the empty states of a process without samples
+        check_option("RSA", "modality", modality, MODALITIES)
         check_option("RSA", "dissimilarity", dissimilarity, DISSIMILARITIES)
         check_option("RSA", "correlation", correlation, CORRELATIONS)
-        self.modality, self.dissimilarity, self.correlation, self.max_samples = modality, dissimilarity, correlation, max_samples
-        for state in ("student", "teacher", "ids"):
+        check_option("RSA", "method", method, METHODS if correlation == "spearman" else METHODS[:2])
+        if level is not None:
+            check_fraction("RSA", "level", level, below_one=True)
+        check_count("RSA", "resamples", resamples, 1)
+        self.modality, self.dissimilarity, self.correlation, self.method = modality, dissimilarity, correlation, method
+        self.level, self.resamples, self.seed, self.max_samples = level, resamples, seed, max_samples
+        self.streams = correlation == "pearson" and dissimilarity in CLOSED and method == "auto" and level is None and not keep_rows
+        for state in ("student", "teacher", "ids", "moments"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(
@@ -151,37 +321,146 @@ class RSA(Metric):
         """Add one batch; raises before anything is stored."""
         one, two = (check_modality("RSA", value, self.modality) for value in (student, teacher))
         check_samples("RSA", one, two, minimum=1)
-        rows = len(one) // 2 if self.modality == "stacked" else len(one)
+        rows = len(one) // self._parts
         known = check_same_ids("RSA", ids, teacher_ids, rows)
-        check_next("RSA", self.student, one, "student")
-        check_next("RSA", self.teacher, two, "teacher")
-        if len(self.student) and bool(len(self.ids)) != (known is not None):  # type: ignore[arg-type]
+        self._check_widths(one, two)
+        if (self.moments or self.student) and bool(self.ids) != (known is not None):
             raise ValueError("RSA: expected ids in every update or in none, got a mixture. Pass ids each time.")
-        self.student.append(one.detach())  # type: ignore[operator, union-attr]
-        self.teacher.append(two.detach())  # type: ignore[operator, union-attr]
+        if self.streams:
+            self.moments = [self._added(one, two)]
+        else:
+            self.student.append(torch.stack(one.detach().chunk(self._parts), dim=1))
+            self.teacher.append(torch.stack(two.detach().chunk(self._parts), dim=1))
         if known is not None:
-            self.ids.append(known.to(one.device))  # type: ignore[operator, union-attr]
+            self.ids.append(known.to(one.device))
 
-    def compute(self) -> Tensor:
-        """0-d fp64 tensor."""
+    @property
+    def _parts(self) -> int:
+        return 2 if self.modality in ("stacked", "cross-modal") else 1
+
+    def _check_widths(self, one: Tensor, two: Tensor) -> None:
+        if self.streams:
+            widths = self.moments[0][:2].long().tolist() if self.moments else None
+            before = [[] if widths is None else [one.new_empty(0, width)] for width in widths or (0, 0)]
+        else:
+            before = [[rows[:, 0] for rows in state[:1]] for state in (self.student, self.teacher)]
+        for label, value, collected in (("student", one, before[0]), ("teacher", two, before[1])):
+            check_next("RSA", collected, value, label)
+
+    def _added(self, one: Tensor, two: Tensor) -> Tensor:
+        """Moments of images and texts apart for cross-modal dissimilarities, else of all rows together; with those collected before."""
+        parts = (one.chunk(2), two.chunk(2)) if self.modality == "cross-modal" else ((one,), (two,))
+        found = [Moments.of_rows("RSA", x, y, self.dissimilarity) for x, y in zip(*parts, strict=True)]
+        if self.moments:
+            found = [old.plus(new) for old, new in zip(self._merged(), found, strict=True)]
+        return torch.cat([one.packed() for one in found])
+
+    def _merged(self) -> list[Moments]:
+        """Of all processes."""
+        collected = _all(self.moments)
+        assert collected is not None  # for the type checker: the callers have looked
+        sets = Moments.unpacked(collected)
+        step = 2 if self.modality == "cross-modal" else 1
+        total = sets[:step]
+        for start in range(step, len(sets), step):
+            total = [old.plus(new) for old, new in zip(total, sets[start : start + step], strict=True)]
+        return total
+
+    def compute(self) -> Tensor | RSAInterval:
+        """0-d fp64 tensor, or :class:`RSAInterval` with ``level``."""
         ids = _all(self.ids)
         if ids is not None and torch.unique(ids).numel() != ids.numel():
             raise ValueError("RSA: expected every sample once, got repeated ids. Switch off the sampler's padding or drop repeats.")
-        one, two = gathered("RSA", self.student, self.teacher, self.max_samples)
-        return rsa(one, two, dissimilarity=self.dissimilarity, correlation=self.correlation)
+        if self.streams:
+            return self._streamed()
+        one, two = _all(self.student), _all(self.teacher)
+        if one is None or two is None:
+            raise _no_samples("RSA")
+        check_max_samples("RSA", one.shape[0] * one.shape[1], self.max_samples)
+        if self._parts == 1:
+            return self._scored(one[:, 0], two[:, 0], None)
+        return self._scored(Embeddings(*one.unbind(dim=1)), Embeddings(*two.unbind(dim=1)), self.modality)
+
+    def _scored(self, student: Tensor | Embeddings, teacher: Tensor | Embeddings, modality: str | None) -> Tensor | RSAInterval:
+        kinds = {"dissimilarity": self.dissimilarity, "correlation": self.correlation}
+        if self.level is None:
+            return rsa(student, teacher, **kinds, modality=modality, method=self.method)
+        return rsa_interval(
+            student, teacher, **kinds, modality=modality, level=self.level, resamples=self.resamples, seed=self.seed
+        )  # fmt: skip
+
+    def _streamed(self) -> Tensor:
+        if _all(self.moments) is None:
+            raise _no_samples("RSA")
+        total = self._merged()
+        check_sample_count("rsa", round(float(total[0].weight)), 3)
+        sums = total[0].between(total[1]) if len(total) == 2 else total[0].within()
+        if not precise(sums):
+            raise ValueError(
+                "RSA: expected distances that spread by more than 0.3 % of their mean (of embeddings between 1e-69 and 1e69), got less. "
+                "Rounding would show in the sums: pass keep_rows=True, and look for collapsed embeddings."
+            )
+        return sums.correlation()
+
+
+def rsa_of_caches(
+    student: EmbeddingCache,
+    teacher: EmbeddingCache,
+    *,
+    modality: str = "image",
+    ids: Sequence[object] | None = None,
+    batch_size: int = 4096,
+    **options: Any,
+) -> Tensor | RSAInterval:
+    """:class:`RSA` of two embedding caches of the same data set, read in batches by id: before and after fine-tuning, say.
+
+    Args:
+        student: cache of the fine-tuned model, whose rows may be in another order.
+        teacher: cache of the model before.
+        modality: as for :class:`RSA`.
+        ids: samples to compare; by default all, which both must have.
+        batch_size: samples read at a time.
+        options: of :class:`RSA`. With ``dissimilarity="cosine"`` or another one that streams, any number of samples fits.
+
+    Returns:
+        What :class:`RSA` computes; in several processes each computes all of it.
+
+    Raises:
+        ValueError: samples that only one of them has, or the same one twice; and as :class:`RSA`.
+
+    Example:
+        >>> rsa_of_caches(EmbeddingCache.open("after"), EmbeddingCache.open("before"), dissimilarity="cosine")  # doctest: +SKIP
+    """
+    name = "rsa_of_caches"
+    check_option(name, "modality", modality, MODALITIES)
+    check_count(name, "batch_size", batch_size, 1)
+    fields = Embeddings._fields if modality in ("stacked", "cross-modal") else (modality,)
+    known = teacher.ids(fields[0]) if ids is None else list(ids)
+    if ids is None:
+        for label, cache in (("student", student), ("teacher", teacher)):
+            for field in fields:
+                check_same_samples(name, known, cache.ids(field), f"the teacher's {fields[0]}s", f"the {label}'s {field}s")
+    elif len(set(known)) != len(known):
+        raise ValueError(f"{name}: expected every sample once, got repeated ids. Drop repeats.")
+    metric = RSA(modality=modality, sync_on_compute=False, **options)
+    for start in range(0, len(known), batch_size):
+        some = known[start : start + batch_size]
+        metric.update(student(some, fields), teacher(some, fields))
+    result: Tensor | RSAInterval = metric.compute()
+    return result
 
 
 def gathered(name: str, student: object, teacher: object, max_samples: int) -> tuple[Tensor, Tensor]:
     """The collected rows of a metric's two states, checked against ``max_samples``."""
     one, two = _all(student), _all(teacher)
     if one is None or two is None:
-        raise ValueError(f"{name}: expected at least 3 samples, got none. Call update() first.")
-    if len(one) > max_samples:
-        raise ValueError(
-            f"{name}: expected at most max_samples={max_samples} rows, got {len(one)}. Take a subset, or raise max_samples "
-            "(memory grows with its square)."
-        )
+        raise _no_samples(name)
+    check_max_samples(name, len(one), max_samples)
     return one, two
+
+
+def _no_samples(name: str) -> ValueError:
+    return ValueError(f"{name}: expected at least 3 samples, got none. Call update() first.")
 
 
 def _all(state: object) -> Tensor | None:

@@ -12,12 +12,12 @@ import torch.multiprocessing as mp
 from golden_cases import assert_value, case, cases, inputs, name_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy.spatial.distance import pdist
+from scipy.spatial.distance import cdist, pdist
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from geomreg import Embeddings
-from geomreg.metrics import RSA, rsa
+from geomreg import EmbeddingCache, Embeddings, Teacher
+from geomreg.metrics import RSA, RSAInterval, rsa, rsa_interval, rsa_of_caches
 
 DISSIMILARITIES = ("euclidean", "sqeuclidean", "cosine", "correlation")
 CORRELATIONS = ("pearson", "spearman")
@@ -126,6 +126,41 @@ def test_rsa_of_neighbours_that_nearly_coincide():
     student = 1e3 + 1e-7 * base
     exact = student - 1e3  # what rounding left of base, without error
     check(rsa(student, offset, dissimilarity="sqeuclidean"), scipy_rsa(exact, offset, "sqeuclidean", "pearson"))
+
+
+@every_dissimilarity
+@every_correlation
+@pytest.mark.parametrize("samples", [3, 9, 40])
+@pytest.mark.parametrize("method", ["auto", "exact"])
+def test_cross_modal_equals_scipy(dissimilarity, correlation, samples, method):
+    """Every image with every text, its own among them."""
+    teacher = Embeddings(randn(samples, 5, seed=1) + 1, randn(samples, 5, seed=2))
+    student = Embeddings(*(torch.cat([value, randn(samples, 2, seed=3)], dim=1) + randn(samples, 7, seed=4) for value in teacher))
+    one, two = (cdist(value.image.numpy(), value.text.numpy(), dissimilarity).reshape(-1) for value in (student, teacher))
+    expected = (pearsonr if correlation == "pearson" else spearmanr)(one, two).statistic
+    options = {"dissimilarity": dissimilarity, "correlation": correlation, "method": method}
+    check(rsa(student, teacher, modality="cross-modal", **options), expected)
+
+
+@every_correlation
+def test_modalities_of_embeddings(correlation):
+    teacher = Embeddings(randn(9, 4, seed=1), randn(9, 4, seed=2))
+    student = Embeddings(randn(9, 3, seed=3), randn(9, 3, seed=4))
+    for modality in ("image", "text"):
+        expected = rsa(getattr(student, modality), getattr(teacher, modality), correlation=correlation)
+        assert rsa(student, teacher, modality=modality, correlation=correlation) == expected
+    expected = rsa(torch.cat(list(student)), torch.cat(list(teacher)), correlation=correlation)
+    assert rsa(student, teacher, modality="stacked", correlation=correlation) == expected
+
+
+@every_dissimilarity
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e-75, 1e75, 1e160, 1e300])
+def test_rsa_of_any_magnitude(dissimilarity, size):
+    teacher = randn(20, 4, seed=1)
+    student = teacher + randn(20, 4, seed=2)
+    for correlation in CORRELATIONS:
+        options = {"dissimilarity": dissimilarity, "correlation": correlation}
+        check(rsa(student * size, teacher, **options), rsa(student, teacher, **options), atol=1e-12)
 
 
 # properties -----------------------------------------------------------------------------------------------------------
@@ -324,6 +359,43 @@ def test_rsa_type_errors(student, teacher, expected, got):
         rsa(student, teacher)
 
 
+PAIRED = Embeddings(GOOD, GOOD.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "expected", "got"),
+    [
+        (PAIRED, PAIRED, {"modality": "both"}, "modality to be one of None, 'image', 'text', 'stacked', 'cross-modal'", "'both'"),
+        (PAIRED, PAIRED, {"method": "fast", "correlation": "spearman"}, "method to be one of 'auto', 'exact', 'histogram'", "'fast'"),
+        (PAIRED, PAIRED, {"method": "histogram"}, "method to be one of 'auto', 'exact'", "'histogram'"),
+        (Embeddings(GOOD), PAIRED, {"modality": "cross-modal"}, 'text embeddings for modality="cross-modal"', "None"),
+        (Embeddings(GOOD, with_row(float("nan"))), PAIRED, {"modality": "cross-modal"}, "finite student embeddings", "NaN or infinity"),
+        (
+            Embeddings(GOOD[:2], GOOD[2:4]), Embeddings(GOOD[:2], GOOD[2:4]), {"modality": "cross-modal"}, "at least 3 samples", "2",
+        ),
+        (
+            Embeddings(GOOD[:1].expand(5, 4), GOOD[1:2].expand(5, 4)), PAIRED, {"modality": "cross-modal"}, "distances that differ",
+            "25 equal ones",
+        ),
+    ],
+)  # fmt: skip
+def test_rsa_of_embeddings_errors(student, teacher, options, expected, got):
+    with pytest.raises(ValueError, match=message("rsa", expected, got)):
+        rsa(student, teacher, **{"modality": "image", **options})
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "text"),
+    [
+        (PAIRED, {}, r'^rsa: expected tensors without modality, got Embeddings\. Pass modality="image", say\.$'),
+        (GOOD, {"modality": "image"}, r"^rsa: expected geomreg\.Embeddings\(image=, text=\), got float64 tensor of shape \(5, 4\)\."),
+    ],
+)
+def test_modality_belongs_to_embeddings(given, options, text):
+    with pytest.raises(TypeError, match=text):
+        rsa(given, given, **options)
+
+
 def test_rsa_of_a_list_raises():
     with pytest.raises(TypeError, match=r"^rsa: expected student embeddings as a tensor of shape \(B, D\), got list\. Pass a tensor\.$"):
         rsa(GOOD.tolist(), GOOD)
@@ -348,7 +420,7 @@ def test_zero_and_constant_vectors_are_fine_where_they_have_a_distance():
 PAIRS = 11
 STUDENT = Embeddings(randn(PAIRS, 6, seed=10), randn(PAIRS, 6, seed=11))
 TEACHER = Embeddings(STUDENT.image[:, :4] + randn(PAIRS, 4, seed=12), STUDENT.text[:, :4] + randn(PAIRS, 4, seed=13))
-MODALITIES = ("image", "text", "stacked")
+MODALITIES = ("image", "text", "stacked", "cross-modal")
 every_modality = pytest.mark.parametrize("modality", MODALITIES)
 
 
@@ -356,8 +428,15 @@ def rows(embeddings: Embeddings, start: int, stop: int) -> Embeddings:
     return Embeddings(*(None if value is None else value[start:stop] for value in embeddings))
 
 
-def chosen(embeddings: Embeddings, modality: str) -> Tensor:
+def chosen(embeddings: Embeddings, modality: str) -> Tensor | Embeddings:
+    if modality == "cross-modal":
+        return embeddings
     return torch.cat(list(embeddings)) if modality == "stacked" else getattr(embeddings, modality)
+
+
+def function(student: Embeddings, teacher: Embeddings, modality: str, **options: str) -> Tensor:
+    named = {"modality": modality} if modality == "cross-modal" else {}
+    return rsa(chosen(student, modality), chosen(teacher, modality), **named, **options)
 
 
 def pair(start: int, stop: int) -> tuple[Embeddings, Embeddings]:
@@ -377,7 +456,7 @@ def test_metric_equals_function(modality, dissimilarity, correlation, cuts):
     metric = RSA(modality=modality, **options)
     for start, stop in itertools.pairwise(cuts):
         metric.update(*pair(start, stop), ids=range(start, stop), teacher_ids=torch.arange(start, stop))
-    check(metric.compute(), rsa(chosen(STUDENT, modality), chosen(TEACHER, modality), **options))
+    check(metric.compute(), function(STUDENT, TEACHER, modality, **options))
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
@@ -419,6 +498,114 @@ def test_metric_reset():
     check(metric.compute(), rsa(STUDENT.image, TEACHER.image))
 
 
+STREAMED = ("sqeuclidean", "cosine", "correlation")
+
+
+@every_modality
+@pytest.mark.parametrize("dissimilarity", STREAMED)
+def test_streaming_keeps_sums_and_no_rows(modality, dissimilarity):
+    metric = RSA(modality=modality, dissimilarity=dissimilarity, max_samples=3)  # a limit of rows that are kept
+    sizes = []
+    for start in range(0, PAIRS, 2):
+        metric.update(*pair(start, min(start + 2, PAIRS)))
+        sizes.append(sum(value.numel() for value in metric.moments))
+    assert len(set(sizes)) == 1
+    assert stored(metric) == (0, 0, 0)
+    check(metric.compute(), function(STUDENT, TEACHER, modality, dissimilarity=dissimilarity))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dissimilarity": "euclidean"},
+        {"dissimilarity": "cosine", "correlation": "spearman"},
+        {"dissimilarity": "cosine", "method": "exact"},
+        {"dissimilarity": "cosine", "keep_rows": True},
+        {"dissimilarity": "cosine", "level": 0.9},
+    ],
+)
+def test_what_needs_rows_keeps_them(options):
+    metric = RSA(**options, max_samples=PAIRS - 1)
+    metric.update(STUDENT, TEACHER)
+    assert stored(metric)[:2] == (1, 1)
+    assert not metric.moments
+    with pytest.raises(ValueError, match=message("RSA", f"at most max_samples={PAIRS - 1} rows", str(PAIRS))):
+        metric.compute()
+
+
+@every_modality
+@pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine"])
+def test_forward_returns_the_batch_and_collects(modality, dissimilarity):
+    metric = RSA(modality=modality, dissimilarity=dissimilarity)
+    for start, stop in ((0, 3), (3, 7), (7, PAIRS)):
+        check(metric(*pair(start, stop), ids=range(start, stop)), function(*pair(start, stop), modality, dissimilarity=dissimilarity))
+    check(metric.compute(), function(STUDENT, TEACHER, modality, dissimilarity=dissimilarity))
+    assert len(metric.moments) == (dissimilarity == "cosine")
+
+
+@every_modality
+def test_metric_interval(modality):
+    metric = RSA(modality=modality, correlation="spearman", level=0.8, resamples=50, seed=3)
+    metric.update(*pair(0, 4))
+    metric.update(*pair(4, PAIRS))
+    found = metric.compute()
+    assert isinstance(found, RSAInterval)
+    assert found == rsa_interval(STUDENT, TEACHER, modality=modality, correlation="spearman", level=0.8, resamples=50, seed=3)
+
+
+def test_streaming_far_from_zero_and_in_small_batches():
+    """A common offset of a billion spreads: the running mean keeps its digits."""
+    teacher = randn(60, 5, seed=1)
+    student = 1e6 + 2.0**-10 * (teacher + randn(60, 5, seed=2)).round(decimals=3)
+    exact = student - 1e6
+    metric = RSA(dissimilarity="sqeuclidean")
+    for start in range(0, 60, 2):
+        metric.update(Embeddings(student[start : start + 2]), Embeddings(teacher[start : start + 2]))
+    check(metric.compute(), scipy_rsa(exact, teacher, "sqeuclidean", "pearson"), rtol=1e-12)
+
+
+def test_streaming_never_returns_what_rounding_made():
+    rows = torch.eye(20, dtype=torch.float64)
+    for student in (rows, rows + 1e-6 * randn(20, 20)):
+        metric = RSA(dissimilarity="sqeuclidean")
+        metric.update(Embeddings(student), Embeddings(randn(20, 3, seed=1)))
+        with pytest.raises(ValueError, match=r"^RSA: expected distances that spread by more than 0\.3 % of their mean .+keep_rows=True"):
+            metric.compute()
+    kept = RSA(dissimilarity="sqeuclidean", keep_rows=True)
+    kept.update(Embeddings(student), Embeddings(randn(20, 3, seed=1)))
+    check(kept.compute(), scipy_rsa(student, randn(20, 3, seed=1), "sqeuclidean", "pearson"), rtol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_streaming_stores_nothing_when_update_raises(bad):
+    metric = RSA(dissimilarity="cosine")
+    metric.update(*pair(0, 6))
+    broken = STUDENT.image[6:].clone()
+    broken[1] = bad
+    with pytest.raises(ValueError, match=r"^RSA: expected (vectors with a direction|finite student)"):
+        metric.update(Embeddings(broken), Embeddings(TEACHER.image[6:]))
+    with pytest.raises(ValueError, match=r"^RSA: expected student embeddings of width 6 as before, got 5"):
+        metric.update(Embeddings(STUDENT.image[6:, :5]), Embeddings(TEACHER.image[6:]))
+    with pytest.raises(ValueError, match=r"^RSA: expected teacher embeddings of width 4 as before, got 3"):
+        metric.update(Embeddings(STUDENT.image[6:]), Embeddings(TEACHER.image[6:, :3]))
+    with pytest.raises(ValueError, match=r"^RSA: expected ids in every update or in none"):
+        metric.update(*pair(6, 9), ids=range(3))
+    metric.update(*pair(6, PAIRS))
+    check(metric.compute(), rsa(STUDENT.image, TEACHER.image, dissimilarity="cosine"))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric RSA was called before")
+def test_streaming_needs_three_samples():
+    metric = RSA(dissimilarity="cosine")
+    with pytest.raises(ValueError, match=message("RSA", "at least 3 samples", "none")):
+        metric.compute()
+    for modality in ("image", "cross-modal"):
+        metric = RSA(modality=modality, dissimilarity="cosine")
+        metric.update(*pair(0, 2))
+        with pytest.raises(ValueError, match=message("rsa", "at least 3 samples", "2")):
+            metric.compute()
+
+
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric RSA was called before")
 @pytest.mark.parametrize("used_before", [False, True])
 def test_metric_compute_before_update(used_before):
@@ -437,7 +624,7 @@ def test_metric_compute_of_two_samples():
         metric.compute()
 
 
-@pytest.mark.parametrize(("modality", "count"), [("image", PAIRS), ("text", PAIRS), ("stacked", 2 * PAIRS)])
+@pytest.mark.parametrize(("modality", "count"), [("image", PAIRS), ("text", PAIRS), ("stacked", 2 * PAIRS), ("cross-modal", 2 * PAIRS)])
 def test_metric_max_samples(modality, count):
     exact = RSA(modality=modality, max_samples=count)
     exact.update(STUDENT, TEACHER)
@@ -452,7 +639,7 @@ def test_metric_max_samples(modality, count):
 @pytest.mark.parametrize(
     ("option", "value", "allowed"),
     [
-        ("modality", "both", "'image', 'text', 'stacked'"),
+        ("modality", "both", "'image', 'text', 'stacked', 'cross-modal'"),
         ("dissimilarity", "l1", "'euclidean', 'sqeuclidean', 'cosine', 'correlation'"),
         ("correlation", "kendall", "'pearson', 'spearman'"),
     ],
@@ -497,7 +684,7 @@ def test_metric_stores_nothing_when_update_raises(modality, arguments, error, ex
     with pytest.raises(error, match=message("RSA", expected, got)):
         metric.update(**{"student": FOUR[0], "teacher": FOUR[1], **arguments})
     assert stored(metric) == (1, 1, 1)
-    check(metric.compute(), rsa(chosen(rows(STUDENT, 0, 6), modality), chosen(rows(TEACHER, 0, 6), modality)))
+    check(metric.compute(), function(rows(STUDENT, 0, 6), rows(TEACHER, 0, 6), modality))
 
 
 REPEATED = message("RSA", "every sample once", "repeated ids")
@@ -521,11 +708,16 @@ def collect(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         results = {}
-        for modality in MODALITIES:
-            metric = RSA(modality=modality, dissimilarity="cosine", correlation="spearman")
+        for modality, correlation in itertools.product(MODALITIES, CORRELATIONS):  # rows are gathered, sums are merged
+            metric = RSA(modality=modality, dissimilarity="cosine", correlation=correlation)
             for start, stop in itertools.pairwise(CUTS[rank]):
                 metric.update(*pair(start, stop), ids=range(start, stop))
-            results[modality] = metric.compute()
+            results[modality, correlation] = metric.compute()
+            results[modality, correlation, "again"] = metric.compute()
+        alone = RSA(dissimilarity="cosine")  # the second process has no samples
+        if rank == 0:
+            alone.update(STUDENT, TEACHER)
+        results["alone"] = alone.compute()
         padded = RSA()  # a sampler that gives sample 0 to both processes
         padded.update(*pair(0, 4), ids=[0, 1 + rank, 3 + rank * 2, 4 + rank * 2])
         try:
@@ -542,9 +734,11 @@ def test_metric_over_two_processes_equals_one(tmp_path: Path):
     mp.spawn(collect, args=(str(tmp_path),), nprocs=2)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
-        for modality in MODALITIES:
-            expected = rsa(chosen(STUDENT, modality), chosen(TEACHER, modality), dissimilarity="cosine", correlation="spearman")
-            check(results[modality], expected)
+        for modality, correlation in itertools.product(MODALITIES, CORRELATIONS):
+            expected = function(STUDENT, TEACHER, modality, dissimilarity="cosine", correlation=correlation)
+            check(results[modality, correlation], expected)
+            check(results[modality, correlation, "again"], expected)
+        check(results["alone"], rsa(STUDENT.image, TEACHER.image, dissimilarity="cosine"))
         assert re.match(REPEATED, results["repeated"])
 
 
@@ -567,3 +761,83 @@ def test_ids_in_some_updates_only():
 def test_ids_that_are_no_integers(ids):
     with pytest.raises(ValueError, match=r"^RSA: expected 4 integer ids"):
         RSA().update(*(Embeddings(image=torch.randn(4, 3)) for _ in range(2)), ids=range(4), teacher_ids=ids)
+
+
+# caches ---------------------------------------------------------------------------------------------------------------
+
+
+class Towers(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.image, self.text = torch.nn.Linear(4, 6), torch.nn.Linear(3, 6)
+
+
+def encode(model: Towers, batch: dict) -> Embeddings:
+    return Embeddings(model.image(batch["image"]), model.text(batch["text"]))
+
+
+class Samples:
+    def __init__(self, names: list[str]) -> None:
+        self.ids = names
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict:
+        if not 0 <= row < len(self.ids):
+            raise IndexError(row)
+        generator = torch.Generator().manual_seed(int(self.ids[row]))
+        return {"id": self.ids[row], "image": torch.randn(4, generator=generator), "text": torch.randn(3, generator=generator)}
+
+
+NAMES = [str(number) for number in range(37)]
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory) -> tuple[EmbeddingCache, EmbeddingCache]:
+    """The student's in another order."""
+    made = []
+    for seed, names in ((1, NAMES[::-1]), (0, NAMES)):
+        folder = tmp_path_factory.mktemp("cache")
+        made.append(EmbeddingCache.build(Teacher(Towers(seed), encode), Samples(names), folder, shard_rows=10, progress=False))
+    return made[0], made[1]
+
+
+@every_modality
+@pytest.mark.parametrize("dissimilarity", ["cosine", "euclidean"])
+@pytest.mark.parametrize("batch_size", [5, 4096])
+def test_caches(caches, modality, dissimilarity, batch_size):
+    student, teacher = caches
+    for ids in (None, ["30", "4", "17", "9"]):
+        known = NAMES if ids is None else ids
+        found = rsa_of_caches(student, teacher, modality=modality, ids=ids, batch_size=batch_size, dissimilarity=dissimilarity)
+        check(found, function(student(known), teacher(known), modality, dissimilarity=dissimilarity))
+
+
+def test_caches_are_read_in_batches_of_what_is_asked(caches, monkeypatch):
+    read = []
+    plain = EmbeddingCache.__call__
+    monkeypatch.setattr(EmbeddingCache, "__call__", lambda self, ids, which: read.append((len(ids), which)) or plain(self, ids, which))
+    rsa_of_caches(*caches, modality="text", batch_size=10, dissimilarity="cosine")
+    assert read == [(10, ("text",)), (10, ("text",))] * 3 + [(7, ("text",))] * 2
+
+
+def test_options_of_caches(caches):
+    found = rsa_of_caches(*caches, dissimilarity="cosine", correlation="spearman", level=0.9, resamples=20)
+    student, teacher = (cache(NAMES).image for cache in caches)
+    assert found == rsa_interval(student, teacher, dissimilarity="cosine", correlation="spearman", level=0.9, resamples=20)
+    with pytest.raises(ValueError, match=message("RSA", "at most max_samples=36 rows", "37")):
+        rsa_of_caches(*caches, max_samples=36)
+
+
+def test_caches_of_other_samples(caches, tmp_path):
+    other = EmbeddingCache.build(Teacher(Towers(2), encode), Samples([*NAMES[2:], "99"]), tmp_path, progress=False)
+    expected, got = "the student's images of the same samples as the teacher's images", "3 that only one of them has: '0', '1', '99'"
+    with pytest.raises(ValueError, match=message("rsa_of_caches", expected, got)):
+        rsa_of_caches(other, caches[1])
+    assert rsa_of_caches(other, caches[1], ids=NAMES[2:]).isfinite()
+    with pytest.raises(ValueError, match=r"^EmbeddingCache: expected ids of .+, got 1 of 36 that it lacks: '1'"):
+        rsa_of_caches(other, caches[1], ids=NAMES[1:])
+    with pytest.raises(ValueError, match=message("rsa_of_caches", "every sample once", "repeated ids")):
+        rsa_of_caches(*caches, ids=["1", "2", "3", "1"])

@@ -1,0 +1,173 @@
+"""Spearman correlation of the dissimilarities: exact by sorting, or from histograms with a proved bound on the error.
+
+The bound. Let R be the mid-ranks of all n student dissimilarities, less their mean, as a vector; S those of the teacher. Every pair falls
+into a bin, and bins are ordered as the values are. Let r give each pair the mid-rank of its bin, s likewise for the teacher; both are known
+from the two histograms, and so is rho' = cos(r, s), which is what is returned.
+
+1. *Ties included, the part of R that r misses is orthogonal to r and bounded.* Equal values share a bin, so the mid-ranks in a bin of h
+   pairs have the bin's mid-rank as their mean: (R - r) is orthogonal to r, which is constant there. Its square sums to at most
+   (h^3 - h) / 12 in that bin: h different ranks attain it, and to replace tied ones by their mean is a projection, which only shortens.
+   A bin of one value adds 0. So the angle of R and r is at most theta = arctan sqrt(sum of these / |r|^2).
+2. *Ties by rounding.* Values that are equal in exact arithmetic may be rounded to both sides of an edge. The true mid-ranks are then a
+   projection of those above, which merges groups at edges. All of their T members lie within rounding (``ROUNDING``) of an edge; they are
+   counted. The merging moves R by at most sqrt((T^3 - T) / 12), so by an angle of at most tau = arcsin(that / |r|).
+3. Angles between vectors obey the triangle inequality: the angle of R and S, whose cosine is the Spearman correlation rho, differs from
+   that of r and s by at most all four angles together. Hence |rho - rho'| <= the largest change of the cosine over that range of angles.
+
+Nothing is assumed about the distribution of the distances; where bins are too wide for it the bound says so.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomreg.metrics.rsa_pairs import Pairs, equal_distances
+
+__all__ = ["BoundedRSA", "by_histogram", "ranks"]
+
+ROUNDING = 1e-11  # relative error of a dissimilarity: see NEAR in rsa_pairs
+SAMPLE = 1024  # samples whose dissimilarities choose the range of the bins
+TIGHT = 1e-4  # a larger bound is worth one more pass, for bins of one value
+
+
+class BoundedRSA(NamedTuple):
+    """An RSA score and a proved bound on its error; 0-d fp64 tensors.
+
+    Attributes:
+        value: the score.
+        bound: |value - exact| is at most this; 0 from a method without approximation.
+    """
+
+    value: Tensor
+    bound: Tensor
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, the mean rank for ties; values that differ by rounding alone are ties, zero distances included."""
+    order = torch.from_numpy(np.argsort(values.numpy())) if values.device.type == "cpu" else values.argsort()  # numpy's is faster
+    ordered = values.index_select(0, order)
+    step = ordered.diff() > ROUNDING * ordered[1:].abs() + 1e-12 * ordered[-1].abs()  # wider, and chance would tie some of many pairs
+    del ordered
+    group = torch.cat([step.new_zeros(1, dtype=torch.int32), step.cumsum(dim=0, dtype=torch.int32)])
+    counts = torch.bincount(group).double()
+    mean_rank = counts.cumsum(dim=0).sub_(counts.sub_(1).div_(2))
+    return torch.empty_like(values).scatter_(0, order, mean_rank.index_select(0, group))
+
+
+class Bins(NamedTuple):
+    """Equal bins from ``low`` to ``high``; what lies outside is in the outermost."""
+
+    low: float
+    scale: float
+    number: int
+    rounding: float
+
+    @classmethod
+    def of(cls, low: float, high: float, number: int) -> "Bins":
+        scale = (number - 2 - 0.6180339887) / (high - low)  # not round: levels at equal steps, tied pairs of a grid, keep off the edges
+        return cls(low, scale, number, ROUNDING * scale * max(abs(low), abs(high)))
+
+    def positions(self, values: Tensor) -> Tensor:
+        """In bins; both ends, and what is beyond, away from edges. Monotone, also as rounded."""
+        return values.sub(self.low).mul_(self.scale).add_(0.5).clamp_(0.5, self.number - 1.5)
+
+    def at_edges(self, positions: Tensor) -> Tensor:
+        """How many lie within rounding of an edge."""
+        return (positions.frac().sub_(0.5).abs_() >= 0.5 - self.rounding).sum()
+
+
+def by_histogram(name: str, pairs: Pairs, bins: int) -> BoundedRSA:
+    """Spearman correlation of the pairs' dissimilarities in two or three passes over them; memory for the histograms alone."""
+    chosen = _bins(name, pairs, bins)
+    device = pairs.student.rows.device
+    counts = torch.zeros(2, bins, dtype=torch.int64, device=device)
+    edges = torch.zeros(2, dtype=torch.int64, device=device)
+    ones = torch.ones(0, dtype=torch.int64, device=device)
+    for values in pairs.tiles():
+        if len(values[0]) > len(ones):
+            ones = counts.new_ones(len(values[0]))
+        for k, value in enumerate(values):
+            positions = chosen[k].positions(value)
+            counts[k].scatter_add_(0, positions.long(), ones[: len(value)])
+            edges[k] += chosen[k].at_edges(positions)
+    middle = [_middle_ranks(count) for count in counts]
+    product = counts.new_zeros((), dtype=torch.float64)
+    for values in pairs.tiles():
+        p, q = (middle[k].index_select(0, chosen[k].positions(value).long()) for k, value in enumerate(values))
+        product += torch.dot(p, q)
+    squares = [torch.dot(count.double(), rank.square()) for count, rank in zip(counts, middle, strict=True)]
+    value = (product / (squares[0].sqrt() * squares[1].sqrt())).clamp(-1, 1)
+
+    def bound(wide: Tensor) -> float:
+        """``wide``: counts of bins that may hold different values."""
+        angle = sum(
+            math.atan2(math.sqrt(_untied(wide[k])), float(squares[k].sqrt()))
+            + math.asin(min(1.0, math.sqrt(_untied(edges[k]) / float(squares[k]))))
+            for k in range(2)
+        )
+        middle_angle = math.acos(float(value))
+        ends = math.cos(max(0.0, middle_angle - angle)), math.cos(min(math.pi, middle_angle + angle))
+        return max(abs(end - float(value)) for end in ends) + 1e-12  # of the sums
+
+    found = bound(counts)
+    if found > TIGHT:
+        found = min(found, bound(counts.where(_wide(pairs, chosen, counts), 0)))
+    return BoundedRSA(value, value.new_tensor(found))
+
+
+def _untied(counts: Tensor) -> float:
+    """Sum of squares of as many different ranks about their mean, over all counts."""
+    h = counts.double()
+    return float((h.pow(3) - h).sum()) / 12
+
+
+def _middle_ranks(counts: Tensor) -> Tensor:
+    """Mean rank of each bin, less the mean of all."""
+    h = counts.double()
+    return h.cumsum(dim=0) - (h - 1) / 2 - (h.sum() + 1) / 2
+
+
+def _wide(pairs: Pairs, chosen: list[Bins], counts: Tensor) -> Tensor:
+    """Which bins hold more than one value."""
+    shape = counts.shape
+    low = torch.full(shape, torch.inf, dtype=torch.float64, device=counts.device)
+    high = torch.full(shape, -torch.inf, dtype=torch.float64, device=counts.device)
+    for values in pairs.tiles():
+        for k, value in enumerate(values):
+            bins = chosen[k].positions(value).long()
+            low[k].scatter_reduce_(0, bins, value, "amin")
+            high[k].scatter_reduce_(0, bins, value, "amax")
+    rounding = torch.tensor([[ROUNDING * max(abs(one.low), abs(one.low + one.number / one.scale))] for one in chosen], device=counts.device)
+    return high - low > rounding
+
+
+def _bins(name: str, pairs: Pairs, number: int) -> list[Bins]:
+    """Ranges for both spaces from the distances of some samples: from end to end, or less a tail of far outliers that leaves few bins
+    to the rest.
+
+    Any choice is valid: the histograms are of all pairs, and the bound is computed from them.
+    """
+    samples = len(pairs.student.rows) // (2 if pairs.cross else 1)
+    some = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[:SAMPLE].to(pairs.student.rows.device)
+    found = []
+    for k, values in enumerate(pairs.chosen(some).gathered()):
+        ordered = values.sort().values
+        if float(ordered[-1] - ordered[0]) <= 1e-12 * float(ordered[-1]):  # rare: look at all
+            ends = [(float(tile[k].min()), float(tile[k].max())) for tile in pairs.tiles()]
+            low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+            if high - low <= 1e-12 * high:
+                raise equal_distances(name, pairs.number)
+            found.append(Bins.of(low, high, number))
+            continue
+        candidates = []
+        low = float(ordered[0])
+        for tail in (0, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2):
+            high = float(ordered[-1 - int(tail * len(ordered))])
+            if high > low:
+                bins = Bins.of(low, high, number)
+                candidates.append((_untied(torch.bincount(bins.positions(ordered).long())), tail, bins))
+        found.append(min(candidates)[2])
+    return found
