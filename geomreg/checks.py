@@ -18,10 +18,15 @@ __all__ = [
     "check_anchors",
     "check_axis",
     "check_bank",
+    "check_below",
     "check_callable",
     "check_choices",
     "check_chunks",
+    "check_collapse",
+    "check_common_ids",
     "check_count",
+    "check_directions",
+    "check_distances_differ",
     "check_embeddings",
     "check_finite",
     "check_fraction",
@@ -38,6 +43,7 @@ __all__ = [
     "check_modality",
     "check_module",
     "check_next",
+    "check_next_widths",
     "check_number",
     "check_one_number",
     "check_option",
@@ -56,8 +62,10 @@ __all__ = [
     "check_samples",
     "check_scalar",
     "check_scale",
+    "check_size",
     "check_student",
     "check_tensors_or_embeddings",
+    "check_updated",
     "check_weight",
     "check_width",
     "describe",
@@ -515,7 +523,7 @@ def check_tensors_or_embeddings(name: str, value: object, modality: str | None) 
     return value  # type: ignore[return-value]  # check_samples follows
 
 
-def check_same_samples(name: str, first: Sequence[object], second: Sequence[object], of_first: str, of_second: str) -> None:
+def check_common_ids(name: str, first: Sequence[object], second: Sequence[object], of_first: str, of_second: str) -> None:
     """The same sample ids, in any order."""
     if differing := set(first) ^ set(second):
         shown = ", ".join(repr(one) for one in sorted(differing, key=repr)[:3])
@@ -531,4 +539,81 @@ def check_max_samples(name: str, rows: int, limit: int) -> None:
         raise ValueError(
             f"{name}: expected at most max_samples={limit} rows, got {rows}. Take a subset, or raise max_samples "
             "(the cost grows with its square)."
+        )
+
+
+def check_same_samples(
+    name: str, labels: Sequence[str], values: Sequence[Tensor], *, minimum: int, same_rows: bool = True, same_width: bool = False
+) -> None:
+    """Finite embeddings, each of at least ``minimum`` samples, on one device; of the same samples if ``same_rows``."""
+    for label, value in zip(labels, values, strict=True):
+        check_matrix(name, label, value)
+    shapes, both = " and ".join(str(tuple(value.shape)) for value in values), " and ".join(labels)
+    if same_rows and len({len(value) for value in values}) > 1:
+        raise ValueError(f"{name}: expected {both} embeddings of the same samples, got shapes {shapes}. Row i of each must be sample i.")
+    if same_width and len({value.shape[1] for value in values}) > 1:
+        raise ValueError(f"{name}: expected {both} embeddings of one width, got shapes {shapes}. Embed them into one space.")
+    if len({value.device for value in values}) > 1:
+        devices = " and ".join(str(value.device) for value in values)
+        raise ValueError(f"{name}: expected {both} embeddings on one device, got {devices}. Move one of them.")
+    for label, value in zip(labels, values, strict=True):
+        check_finite(name, f"{label} embeddings", value)
+        check_size(name, label, value)
+    if min(len(value) for value in values) < minimum:
+        few = min(len(value) for value in values)
+        raise ValueError(f"{name}: expected at least {minimum} samples, got {few}. Take more samples.")
+
+
+def check_size(name: str, label: str, embeddings: Tensor) -> None:
+    """Numbers whose fourth powers do not overflow in fp64: any of a narrower type."""
+    if embeddings.dtype == torch.float64 and bool(embeddings.detach().abs().max() > 1e60):
+        raise ValueError(f"{name}: expected {label} embeddings below 1e60, got larger ones. Their powers overflow; scale them.")
+
+
+def check_collapse(name: str, label: str, collapsed: bool) -> None:
+    """Embeddings that are not all equal."""
+    if collapsed:
+        raise ValueError(
+            f"{name}: expected {label} embeddings that differ, got equal ones alone. The measure is undefined; look for a collapsed model."
+        )
+
+
+def check_directions(name: str, label: str, embeddings: Tensor) -> Tensor:
+    """The embeddings in fp64, divided by their norms, none of which is 0."""
+    scale = embeddings.detach().double().abs().amax(dim=1, keepdim=True)
+    if bool((scale == 0).any()):
+        raise ValueError(f"{name}: expected {label} embeddings with a direction, got a zero vector. Drop that sample.")
+    scaled = embeddings.detach().double() / scale  # squares neither overflow nor vanish
+    directions: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return directions
+
+
+def check_next_widths(name: str, before: Sequence[int], widths: Sequence[int]) -> None:
+    """A further batch, or that of another process, has the widths of those collected before."""
+    if tuple(before) != tuple(widths):
+        old, new = (" and ".join(str(width) for width in value) for value in (before, widths))
+        raise ValueError(f"{name}: expected embeddings of width {old} as before, got {new}. Call reset() between models.")
+
+
+def check_updated(name: str, samples: int, minimum: int) -> None:
+    """A metric collected at least ``minimum`` samples before ``compute``."""
+    if samples < minimum:
+        what = "Call update() first." if samples == 0 else "Take more samples."
+        raise ValueError(f"{name}: expected at least {minimum} samples, got {samples or 'none'}. {what}")
+
+
+def check_distances_differ(name: str, least: Tensor, most: Tensor, pairs: int) -> None:
+    """The least and the largest distance of each space differ by more than rounding."""
+    if bool((most - least <= 1e-12 * most).any()):
+        raise ValueError(
+            f"{name}: expected distances that differ, got {pairs} equal ones. The correlation is undefined; "
+            "look for collapsed embeddings or take more samples."
+        )
+
+
+def check_below(name: str, option: str, value: int, limit: int, what: str) -> None:
+    """``value`` is less than the number of samples, say."""
+    if value >= limit:
+        raise ValueError(
+            f"{name}: expected {option} below the number of {what}, {limit}, got {value}. Take more samples, or a smaller {option}."
         )

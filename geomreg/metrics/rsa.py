@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from geomreg.cache import EmbeddingCache
 from geomreg.checks import (
+    check_common_ids,
     check_count,
     check_fraction,
     check_max_samples,
@@ -17,7 +18,6 @@ from geomreg.checks import (
     check_next,
     check_option,
     check_same_ids,
-    check_same_samples,
     check_sample_count,
     check_samples,
     check_tensors_or_embeddings,
@@ -439,7 +439,7 @@ def rsa_of_caches(
     if ids is None:
         for label, cache in (("student", student), ("teacher", teacher)):
             for field in fields:
-                check_same_samples(name, known, cache.ids(field), f"the teacher's {fields[0]}s", f"the {label}'s {field}s")
+                check_common_ids(name, known, cache.ids(field), f"the teacher's {fields[0]}s", f"the {label}'s {field}s")
     elif len(set(known)) != len(known):
         raise ValueError(f"{name}: expected every sample once, got repeated ids. Drop repeats.")
     metric = RSA(modality=modality, sync_on_compute=False, **options)

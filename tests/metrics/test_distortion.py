@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geomreg import Embeddings
 from geomreg.functional import average_vector_loss
-from geomreg.metrics import Distortion, DistortionBound, distortion_bound, rsa
+from geomreg.metrics import Distortion, DistortionBound, distortion_bound, rsa, tiles
 
 ROUNDING = 1e-9
 
@@ -214,6 +214,17 @@ def test_bound_over_distinct_pairs_needs_its_factor():
     assert bound.distance_change > 1.2 * math.sqrt(2 * bound.dispersion)
 
 
+def test_two_points_need_the_factor_too():
+    """u = +-0.1 along their line: one distance, changed by .200; sqrt(2 V) = .141, over all four ordered pairs and not over one."""
+    teacher, shift = [0.0, 1.0], [-0.1, 0.1]
+    change = abs(abs(teacher[1] + shift[1] - teacher[0] - shift[0]) - abs(teacher[1] - teacher[0]))
+    dispersion = spread([[value] for value in shift])
+    assert change == pytest.approx(0.2)
+    assert change > 1.4 * math.sqrt(2 * dispersion)
+    assert change == pytest.approx(math.sqrt(2 * dispersion * 2 / 1))
+    assert mean([0.0, change**2, change**2, 0.0]) == pytest.approx(2 * dispersion)
+
+
 @given(pair=spaces(), seed=st.integers(0, 99), length=st.sampled_from((0.0, 0.1, 1.0, 10.0)))
 def test_average_vector_loss_is_at_least_twice_the_dispersion(pair, seed, length):
     image, text = pair, tuple(value.roll(1, dims=0) * 1.5 + 1 for value in pair)
@@ -324,6 +335,193 @@ def test_rotation_and_scale_leave_only_the_aligned_bound(samples, width, scale):
     assert float(bound.aligned_dispersion) == pytest.approx(0, abs=1e-12)
 
 
+def test_aligned_dispersion_is_no_bound_on_distances():
+    teacher = randn(8, 5, seed=1)
+    bound = distortion_bound(2 * teacher, teacher)
+    assert bound.distance_change > 1
+    assert float(bound.aligned_dispersion) == pytest.approx(0, abs=1e-12)
+
+
+# tiles ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_tiles_equal_one(monkeypatch, rows, dissimilarity):
+    teacher = randn(13, 4, seed=1) + 1
+    student = teacher + 0.1 * randn(13, 4, seed=2)
+    whole = distortion_bound(student, teacher, dissimilarity=dissimilarity)
+    monkeypatch.setattr(tiles, "ROWS", rows)
+    check(distortion_bound(student, teacher, dissimilarity=dissimilarity), whole)
+
+
+@pytest.mark.parametrize("gap", [1e-12, 1e-9, 1e-4, 0.1])
+def test_distances_of_close_points_in_one_tile(gap):
+    points = torch.cat([randn(5, 7, seed=1), randn(5, 7, seed=1) + gap * randn(5, 7, seed=2)])
+    expected = torch.tensor([[math.dist(one, two) for two in points.tolist()] for one in points.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(tiles.squared_distances(points, points).sqrt(), expected, rtol=1e-12, atol=0)
+
+
+def test_small_change_with_a_large_offset():
+    """Dyadic numbers: the offset changes no input by rounding."""
+    teacher = torch.randint(-9, 9, (20, 5), generator=torch.Generator().manual_seed(1)).double()
+    student = teacher + torch.randint(-9, 9, (20, 5), generator=torch.Generator().manual_seed(2)).double() / 2**16
+    near, far = distortion_bound(student, teacher), distortion_bound(student + 2.0**30, teacher + 2.0**30)
+    assert float(far.dispersion) == pytest.approx(float(near.dispersion), rel=1e-12)
+    assert float(far.distance_bound) == pytest.approx(float(near.distance_bound), rel=1e-12)
+
+
+def test_slack_is_what_the_bounds_leave_open():
+    teacher = randn(12, 5, seed=1)
+    bound = distortion_bound(1.1 * teacher @ rotation(5) * 0.9 + 0.1 * randn(12, 5, seed=2), teacher)
+    assert bound.distance_slack == bound.distance_bound - bound.distance_change > 0
+    assert bound.rsa_slack == bound.rsa - bound.rsa_bound >= bound.aligned_rsa_slack == bound.rsa - bound.aligned_rsa_bound > 0
+
+
+# cosine ---------------------------------------------------------------------------------------------------------------
+
+
+def directions(points: Tensor) -> Tensor:
+    return torch.tensor([[value / math.hypot(*row) for value in row] for row in points.tolist()], dtype=torch.float64)
+
+
+def cosine_oracle(student: Tensor, teacher: Tensor) -> DistortionBound:
+    f, p = directions(student), directions(teacher)
+    centres = [value - torch.tensor([mean(list(column)) for column in zip(*value.tolist(), strict=True)]) for value in (f, p)]
+    turned = f @ torch.from_numpy(orthogonal_procrustes(centres[0].numpy(), centres[1].numpy())[0])
+    before, after = ([1 - math.fsum(a * b for a, b in zip(*pair, strict=True)) for pair in pairs_of(value)] for value in (p, f))
+    squares = []
+    for moved in (f, turned):
+        shift = torch.tensor(differences(moved, p), dtype=torch.float64)
+        lengths = zip(distances(f), distances(p), distances(shift), strict=True)
+        squares.append(mean([((one + two) / 2 * three) ** 2 for one, two, three in lengths]))
+    covariance = mean([(a - mean(before)) * (b - mean(after)) for a, b in zip(before, after, strict=True)])
+
+    def lower_bound(square: float) -> float:
+        rest = 1 - square / variance(before)
+        return math.sqrt(rest) if rest >= 0 else -1.0
+
+    values = (
+        math.sqrt(mean([(b - a) ** 2 for a, b in zip(before, after, strict=True)])),
+        math.sqrt(squares[0]),
+        covariance / math.sqrt(variance(before) * variance(after)),
+        lower_bound(squares[0]),
+        lower_bound(min(squares)),
+        spread(differences(f, p)),
+        spread(differences(turned, p)),
+    )
+    return DistortionBound(*(torch.tensor(value, dtype=torch.float64) for value in values))
+
+
+def pairs_of(points: Tensor) -> list[tuple[list[float], list[float]]]:
+    return list(itertools.combinations(points.tolist(), 2))
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.2, 3.0])
+@pytest.mark.parametrize(("samples", "width"), [(3, 2), (7, 3), (20, 33)])
+def test_cosine_bound_equals_oracle(samples, width, noise):
+    teacher = randn(samples, width, seed=1) * torch.linspace(0.1, 3, samples, dtype=torch.float64)[:, None]
+    student = 1.5 * teacher + noise * teacher.norm(dim=1, keepdim=True) / width**0.5 * randn(samples, width, seed=2)
+    check(distortion_bound(student, teacher, dissimilarity="cosine"), cosine_oracle(student, teacher))
+
+
+@st.composite
+def spheres(draw) -> tuple[Tensor, Tensor]:
+    student, teacher = draw(spaces())
+    away = torch.tensor([[0.01 * (k + 1)] for k in range(len(teacher))], dtype=torch.float64)
+    pair = (student + away * (student == 0).all(dim=1, keepdim=True), teacher + away * (teacher == 0).all(dim=1, keepdim=True))
+    assume(all(float(torch.pdist(directions(value)).max() - torch.pdist(directions(value)).min()) > 1e-3 for value in pair))
+    return pair
+
+
+@given(pair=spheres())
+def test_cosine_bounds_hold(pair):
+    bound = distortion_bound(*pair, dissimilarity="cosine")
+    target(float(bound.distance_change - bound.distance_bound))
+    assert bound.distance_change <= bound.distance_bound * (1 + ROUNDING) + 1e-9
+    assert bound.rsa >= bound.aligned_rsa_bound - ROUNDING
+    assert bound.aligned_rsa_bound >= bound.rsa_bound
+    assert 0 <= bound.aligned_dispersion <= bound.dispersion
+    assert float(bound.rsa) == pytest.approx(float(rsa(*pair, dissimilarity="cosine")), abs=1e-9)
+
+
+@given(pair=spheres())
+def test_statements_on_cosines(pair):
+    """Of each pair, of the root mean square and of the mean over pairs, from V and the traces."""
+    f, p = (directions(value) for value in pair)
+    u, samples = torch.tensor(differences(f, p), dtype=torch.float64), len(f)
+    changes = []
+    for (a, b), (c, d), (v, w) in zip(pairs_of(f), pairs_of(p), pairs_of(u), strict=True):
+        one, two = (math.fsum(x * y for x, y in zip(*both, strict=True)) for both in ((a, b), (c, d)))
+        changes.append(abs(one - two))
+        assert changes[-1] <= (math.dist(a, b) + math.dist(c, d)) / 2 * math.dist(v, w) + ROUNDING
+    dispersion, factor = spread(differences(f, p)), samples / (samples - 1)
+    bound = float(distortion_bound(*pair, dissimilarity="cosine").distance_bound)
+    assert math.sqrt(mean([change**2 for change in changes])) <= bound + 1e-9
+    assert bound <= 2 * math.sqrt(2 * dispersion * factor) + 1e-9
+    assert mean(changes) <= factor * math.sqrt(2 * (spread(f.tolist()) + spread(p.tolist())) * dispersion) + 1e-9
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.3, 0.4), (1.2, 0.1), (0.5, 1.5)])
+def test_statement_on_a_cosine_is_attained(before, after):
+    """Two points that open symmetrically: the chord keeps its direction."""
+    p, f = ([[-math.sin(angle), math.cos(angle)], [math.sin(angle), math.cos(angle)]] for angle in (before, after))
+    shift = 2 * abs(math.sin(after) - math.sin(before))
+    assert math.dist(minus(f[0], p[0]), minus(f[1], p[1])) == pytest.approx(shift)
+    change = abs(math.cos(2 * after) - math.cos(2 * before))
+    assert change == pytest.approx((math.dist(*f) + math.dist(*p)) / 2 * shift, rel=1e-12)
+
+
+def minus(one: list[float], two: list[float]) -> list[float]:
+    return [a - b for a, b in zip(one, two, strict=True)]
+
+
+def test_cosine_bound_on_the_change_is_attained():
+    """The three points of a triangle about an axis, which opens like an umbrella."""
+
+    def umbrella(angle: float) -> Tensor:
+        turns = [2 * math.pi * k / 3 for k in range(3)]
+        rows = [[math.sin(angle) * math.cos(turn), math.sin(angle) * math.sin(turn), math.cos(angle)] for turn in turns]
+        return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)  # the last stays, so that distances differ
+
+    three = [umbrella(angle)[:3] for angle in (0.3, 0.5)]
+    changes = [abs((one - two) / 2) for one, two in zip(*([d**2 for d in distances(value)] for value in three), strict=True)]
+    u = torch.tensor(differences(three[1], three[0]), dtype=torch.float64)
+    weights = zip(distances(three[1]), distances(three[0]), distances(u), strict=True)
+    assert changes == pytest.approx([(one + two) / 2 * shift for one, two, shift in weights], rel=1e-12)
+    bound = distortion_bound(umbrella(0.5), umbrella(0.3), dissimilarity="cosine")
+    assert 0 < bound.distance_slack < 0.05 * bound.distance_bound
+
+
+def test_cosine_needs_the_distances_in_its_bound():
+    """Far apart on the sphere a cosine changes by more than the distance: epsilon alone is no bound, for all its being one on distances."""
+
+    def fan(angle: float) -> Tensor:
+        rows = [[0.0, 1.0], [math.sin(angle), math.cos(angle)], [-math.sin(angle), math.cos(angle)]]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    euclidean, cosine = (distortion_bound(fan(1.4), fan(1.2), dissimilarity=kind) for kind in ("euclidean", "cosine"))
+    assert euclidean.distance_change <= euclidean.distance_bound
+    assert cosine.distance_change > 1.1 * euclidean.distance_bound
+    assert cosine.distance_change <= cosine.distance_bound
+
+
+def test_rotation_leaves_only_the_aligned_cosine_bound():
+    teacher = randn(12, 6, seed=1)
+    bound = distortion_bound(3 * teacher @ rotation(6, seed=2), teacher, dissimilarity="cosine")
+    assert float(bound.rsa_bound) == -1
+    assert float(bound.aligned_rsa_bound) == pytest.approx(1, abs=1e-9)
+    assert float(bound.aligned_dispersion) == pytest.approx(0, abs=1e-12)
+
+
+def test_common_shift_changes_cosines():
+    """The lengths of the difference vectors of the directions, not those of the embeddings, count."""
+    teacher = randn(8, 6, seed=1)
+    bound = distortion_bound(teacher + 2 * randn(6, seed=2), teacher, dissimilarity="cosine")
+    assert bound.distance_change > 0.1
+    assert bound.dispersion > 0.1
+
+
 # invariances ----------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +538,17 @@ def test_bound_is_invariant_to_permutation_translation_and_a_common_rotation(pai
         assert float(one) == pytest.approx(float(two), rel=ROUNDING, abs=1e-9), field
 
 
+# the page --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_test_that_the_page_of_proofs_names_is_there():
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "distortion-bound.md").read_text(encoding="utf-8")))
+    tests = "".join((root / "tests" / "metrics" / f"test_{name}.py").read_text(encoding="utf-8") for name in ("distortion", "agreement"))
+    assert len(named) > 20
+    assert named <= set(re.findall(r"^def (test_\w+)\(", tests, flags=re.MULTILINE))
+
+
 # errors ---------------------------------------------------------------------------------------------------------------
 
 GOOD = randn(5, 4, seed=3)
@@ -354,6 +563,8 @@ NAN[1, 2], INFINITE[1, 2] = math.nan, math.inf
         (GOOD[:4], GOOD, "embeddings of one shape", r"\(4, 4\) and \(5, 4\)"),
         (GOOD[:, :3], GOOD, "embeddings of one shape", r"\(5, 3\) and \(5, 4\)"),
         (NAN, GOOD, "finite student embeddings", "NaN or infinity"),
+        (GOOD * 1e70, GOOD, "student embeddings below 1e60", "larger ones"),
+        (GOOD, -1e70 * GOOD, "teacher embeddings below 1e60", "larger ones"),
         (GOOD, INFINITE, "finite teacher embeddings", "NaN or infinity"),
         (torch.ones(5, 4), GOOD, "distances that differ", "10 equal ones"),
         (GOOD, torch.ones(5, 4), "distances that differ", "10 equal ones"),

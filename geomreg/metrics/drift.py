@@ -1,0 +1,121 @@
+"""Drift: how far did the embeddings move, together and each on its own, and in how many directions?"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from geomreg.checks import check_modality, check_option, check_same_samples
+from geomreg.metrics.moments import Moments, collected, with_batch
+from geomreg.types import Embeddings
+
+__all__ = ["Drift", "DriftParts", "drift"]
+
+
+class DriftParts(NamedTuple):
+    """What the difference vectors u = student - teacher look like; 0-d fp64 tensors.
+
+    Attributes:
+        mean_shift: norm of the mean difference vector, the common shift.
+        dispersion: V, mean squared distance of the difference vectors to their mean.
+        mean_square: mean squared norm of the difference vectors: squared ``mean_shift`` plus ``dispersion``.
+        common_share: share of it that is common shift; 0 where nothing moved.
+        effective_rank: number of directions, between 1 and D, of the difference vectors about their mean; 0 where V is 0.
+    """
+
+    mean_shift: Tensor
+    dispersion: Tensor
+    mean_square: Tensor
+    common_share: Tensor
+    effective_rank: Tensor
+
+
+def drift(student: Tensor, teacher: Tensor) -> DriftParts:
+    r"""Common shift, dispersion and effective rank of the difference vectors :math:`u_i = f_i - p_i`.
+
+    The effective rank is that of Roy and Vetterli, :math:`\exp(-\sum_k \pi_k \log \pi_k)` with :math:`\pi_k = \sigma_k / \sum_l \sigma_l`
+    of the *singular values* of the ``(N, D)`` matrix of difference vectors, here about their mean, so that the common shift is not
+    counted again. Singular values below :math:`\sqrt{D \epsilon}` of the largest (3e-7 at D = 512) count as 0.
+
+    Args:
+        student: ``(N, D)`` embeddings f, as they come.
+        teacher: ``(N, D)`` embeddings p of the same samples in the same order.
+
+    Returns:
+        :class:`DriftParts`.
+
+    Scale:
+        ``mean_shift`` in embedding units, ``dispersion`` and ``mean_square`` in their square (a mean over samples), the others free of
+        units. Time O(N D^2 + D^3), memory O(D^2). The effective rank of N samples is at most N - 1.
+
+    Invariances:
+        Permutation of samples; one translation or one orthogonal map of both spaces.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: fewer than 3 samples, different shapes, NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+        >>> parts = drift(points + torch.tensor([3.0, 4.0]), points)
+        >>> parts.mean_shift.item(), parts.common_share.item(), parts.effective_rank.item()
+        (5.0, 1.0, 0.0)
+
+    Reference:
+        Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
+    """
+    check_same_samples("drift", ("student", "teacher"), (student, teacher), minimum=3, same_width=True)
+    return _parts(_moments(student, teacher))
+
+
+def _moments(student: Tensor, teacher: Tensor) -> Moments:
+    return Moments.of(student.detach().double() - teacher.detach().double())
+
+
+def _parts(moments: Moments) -> DriftParts:
+    square, dispersion = moments.centre(0).square().sum(), moments.spread(0)
+    still = moments.collapsed(0)  # dispersion of rounding alone
+    dispersion = torch.zeros_like(dispersion) if still else dispersion
+    total = square + dispersion
+    rank = torch.zeros_like(total) if still else _effective_rank(moments.block(0, 0))
+    return DriftParts(square.sqrt(), dispersion, total, square / torch.where(total > 0, total, 1.0), rank)
+
+
+def _effective_rank(scatter: Tensor) -> Tensor:
+    squares = torch.linalg.eigvalsh(scatter / scatter.trace())
+    floor = len(squares) * torch.finfo(squares.dtype).eps * squares.max()
+    values = torch.where(squares > floor, squares, 0.0).sqrt()
+    entropy: Tensor = torch.special.entr(values / values.sum()).sum()
+    return entropy.exp()
+
+
+class Drift(Metric):
+    """Metric form of :func:`drift`; exact over batches and processes, with O(D^2) numbers of state.
+
+    Args:
+        modality: ``"image"``, ``"text"``, or ``"stacked"`` (one mean for images and texts, as DiVE has).
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    moments: list[Tensor]
+
+    def __init__(self, *, modality: str = "image", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_option("Drift", "modality", modality, ("image", "text", "stacked"))
+        self.modality = modality
+        self.set_dtype(torch.float64)  # of the empty record of a process without data
+        self.add_state("moments", default=[], dist_reduce_fx="cat")
+
+    def update(self, student: Embeddings, teacher: Embeddings) -> None:
+        """Add one batch; raises before anything is stored."""
+        one, two = (check_modality("Drift", value, self.modality) for value in (student, teacher))
+        check_same_samples("Drift", ("student", "teacher"), (one, two), minimum=1, same_width=True)
+        self.moments = with_batch("Drift", self.moments, _moments(one, two))
+
+    def compute(self) -> DriftParts:
+        """:class:`DriftParts` over everything collected."""
+        return _parts(collected("Drift", self.moments, 3))

@@ -1,0 +1,139 @@
+"""Mutual nearest neighbours: which share of a sample's neighbours in one space are its neighbours in the other?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from geomreg.checks import check_below, check_count, check_directions, check_modality, check_next, check_option, check_same_samples
+from geomreg.metrics.tiles import ROWS, collected_rows
+from geomreg.types import Embeddings
+
+__all__ = ["MutualKNN", "mutual_knn"]
+
+METRICS = ("inner", "cosine", "euclidean")
+
+
+def mutual_knn(x: Tensor, y: Tensor, *, k: int, metric: str = "inner", per_sample: bool = False) -> Tensor:
+    r"""Share of common k nearest neighbours in two spaces, averaged over samples.
+
+    .. math:: \frac{1}{N} \sum_i \frac{\lvert \mathcal{N}^x_k(i) \cap \mathcal{N}^y_k(i) \rvert}{k}
+
+    with :math:`\mathcal{N}^x_k(i)` the k samples other than i that are nearest to i in x. **Ties** (values that differ by less than 1e-12
+    of the largest possible one, so by rounding alone) go to the sample that comes first, in both spaces.
+
+    Args:
+        x: ``(N, D)`` embeddings, as they come.
+        y: ``(N, E)`` embeddings of the same samples in the same order; the widths may differ.
+        k: number of neighbours, below N. With k = N - 1 the value is 1, whatever the spaces.
+        metric: nearest by ``"inner"`` product (the largest; what platonic-rep does, with unit vectors), ``"cosine"`` or ``"euclidean"``.
+        per_sample: return the share of every sample.
+
+    Returns:
+        0-d fp64 tensor in [0, 1]; ``(N,)`` with ``per_sample``. Independent spaces give k / (N - 1) on average.
+
+    Scale:
+        Free of units. Time O(N^2 (D + E)); memory O(N) beside fp64 copies of the embeddings: similarities exist for some rows at a time.
+
+    Invariances:
+        Permutation of samples (without ties at the k-th neighbour); exchange of x and y; positive scaling and an orthogonal map of either
+        space; translation of either under ``"euclidean"`` alone; scaling of single samples under ``"cosine"`` alone.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: fewer than 3 samples, k not in [1, N - 1], different numbers of samples, NaN or infinity, a zero vector under
+            ``"cosine"``.
+
+    Deviations:
+        platonic-rep leaves ties to argsort.
+
+    Example:
+        >>> import torch
+        >>> points = torch.tensor([[0.0], [1.0], [5.0], [7.0]])
+        >>> mutual_knn(points[[0, 2, 1, 3]], points, k=1, metric="euclidean").item()
+        0.0
+
+    Reference:
+        Huh et al., The platonic representation hypothesis, 2024 (arXiv 2405.07987), appendix A.
+    """
+    name, labels = "mutual_knn", ("x", "y")
+    check_option(name, "metric", metric, METRICS)
+    check_count(name, "k", k, 1)
+    check_same_samples(name, labels, (x, y), minimum=3)
+    check_below(name, "k", k, len(x), "samples")
+    ready = [_prepared(name, label, value, metric) for label, value in zip(labels, (x, y), strict=True)]
+    shares = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    rows = max(1, 4 * ROWS**2 // len(x))
+    for start in range(0, len(x), rows):
+        one, two = (_neighbours(*space, slice(start, start + rows), k) for space in ready)
+        shares[start : start + rows] = (one & two).double().sum(dim=1) / k
+    return shares if per_sample else shares.mean()
+
+
+def _prepared(name: str, label: str, value: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows z and offsets o such that the nearest to i is the one with the largest <z_i, z_j> - o_j; and what counts as rounding for i."""
+    rows = check_directions(name, label, value) if metric == "cosine" else value.detach().double()
+    if metric == "euclidean":
+        rows = rows - rows.mean(dim=0)
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    offsets = norms.square() / 2 if metric == "euclidean" else torch.zeros_like(norms)
+    return rows, offsets, 1e-12 * (norms * norms.max() + offsets.max())
+
+
+def _neighbours(rows: Tensor, offsets: Tensor, rounding: Tensor, part: slice, k: int) -> Tensor:
+    """``(rows of the part, N)``: True at the k nearest."""
+    own = rows[part]
+    similarity = own @ rows.T - offsets
+    itself = torch.arange(part.start, part.start + len(own), device=rows.device)
+    similarity.scatter_(1, itself[:, None], -torch.inf)
+    last = similarity.topk(k, dim=1).values[:, -1:]
+    near = rounding[part][:, None]
+    chosen: Tensor = similarity >= last - near
+    several = (chosen.sum(dim=1) > k).nonzero()[:, 0]  # rows with more candidates than places
+    if len(several):
+        nearer = similarity[several] > (last + near)[several]
+        tied, free = chosen[several] & ~nearer, k - nearer.sum(dim=1, keepdim=True)
+        chosen[several] = nearer | (tied & (tied.cumsum(dim=1) <= free))
+    return chosen
+
+
+class MutualKNN(Metric):
+    """Metric form of :func:`mutual_knn` of student and teacher: collects embeddings over batches and processes.
+
+    Args:
+        k: see :func:`mutual_knn`.
+        modality: ``"image"``, ``"text"``, or ``"stacked"`` (images and texts in one set of samples).
+        metric: see :func:`mutual_knn`.
+        max_samples: more rows than this raise in ``compute``: time grows with their square.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    student: list[Tensor]
+    teacher: list[Tensor]
+
+    def __init__(self, *, k: int, modality: str = "image", metric: str = "inner", max_samples: int = 50_000, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_count("MutualKNN", "k", k, 1)
+        check_option("MutualKNN", "modality", modality, ("image", "text", "stacked"))
+        check_option("MutualKNN", "metric", metric, METRICS)
+        check_count("MutualKNN", "max_samples", max_samples, 3)
+        self.k, self.modality, self.metric, self.max_samples = k, modality, metric, max_samples
+        for state in ("student", "teacher"):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    def update(self, student: Embeddings, teacher: Embeddings) -> None:
+        """Add one batch; raises before anything is stored."""
+        one, two = (check_modality("MutualKNN", value, self.modality) for value in (student, teacher))
+        check_same_samples("MutualKNN", ("student", "teacher"), (one, two), minimum=1)
+        check_next("MutualKNN", self.student, one, "student")
+        check_next("MutualKNN", self.teacher, two, "teacher")
+        self.student.append(one.detach())
+        self.teacher.append(two.detach())
+
+    def compute(self) -> Tensor:
+        """0-d fp64 tensor."""
+        one, two = collected_rows("MutualKNN", (self.student, self.teacher), 3, self.max_samples)
+        return mutual_knn(one, two, k=self.k, metric=self.metric)
