@@ -5,6 +5,7 @@ from geomreg.metrics.cka import LinearCKA, linear_cka
 from geomreg.metrics.distortion import Distortion, DistortionBound, distortion_bound
 from geomreg.metrics.drift import Drift, DriftParts, drift
 from geomreg.metrics.modality_gap import ModalityGap, modality_gap
+from geomreg.metrics.monitor import Alarm, DriftMonitor
 from geomreg.metrics.neighbours import MutualKNN, mutual_knn
 from geomreg.metrics.procrustes import Procrustes, ProcrustesParts, procrustes
 from geomreg.metrics.rsa import RSA, BoundedRSA, RSAInterval, bounded_rsa, rsa, rsa_interval, rsa_of_caches
@@ -12,12 +13,14 @@ from geomreg.metrics.uniformity import AlignmentUniformity, AlignmentUniformityP
 
 __all__ = [
     "RSA",
+    "Alarm",
     "AlignmentUniformity",
     "AlignmentUniformityParts",
     "BoundedRSA",
     "Distortion",
     "DistortionBound",
     "Drift",
+    "DriftMonitor",
     "DriftParts",
     "LinearCKA",
     "ModalityGap",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from geomreg.checks import check_count
 from geomreg.compose import WeightedSum
+from geomreg.gradients import GradientNorms
 from geomreg.integrations.open_clip import embed, unwrap
 from geomreg.integrations.recipes import checkpoint, head
 from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
@@ -237,7 +238,7 @@ def finetune(
         value = torch.zeros((), device=accelerator.device)
         regularized = regularizer is not None and step % settings.regularize_every == 0
         bank = None if banks is None else next(banks)
-        norms = _GradientNorms(accelerator.device)
+        norms = GradientNorms()
         batch = _moved(next(target_batches), accelerator.device)
         frozen = None
         if teacher is not None and target_regularizer is not None and target_regularizer.needs_teacher:
@@ -259,7 +260,8 @@ def finetune(
             )
             terms |= of_reference
             del batch, frozen
-        record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": unwrap(wrapped).logit_scale.exp(), **norms.squares()}
+        record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": unwrap(wrapped).logit_scale.exp()}
+        record |= {f"{role}_square": norms.square(role, accelerator.device) for role in ("task", "regularizer")}
         record |= {f"{name}/mean_norm": mean.norm() for name, mean in _running_means(regularizer, target_regularizer)}
         record["stop"] = torch.tensor(float(should_stop()))
         entry = {"step": step + 1, **_numbers(record, accelerator), "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -345,7 +347,7 @@ def _regularized(
     regularizer: WeightedSum,
     factor: int,
     given: Callable[[], dict[str, Tensor]],
-    norms: "_GradientNorms",
+    norms: GradientNorms,
     options: dict[str, Any],
     declared: list[Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -378,7 +380,7 @@ def _targeted(
     settings: Settings,
     step: int,
     given: Callable[[], dict[str, Tensor]],
-    norms: "_GradientNorms",
+    norms: GradientNorms,
     options: dict[str, Any],
     declared: list[Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -450,26 +452,6 @@ def _numbers(record: dict[str, Tensor], accelerator: Accelerator) -> dict[str, f
     """Means over the processes, on the host."""
     values = torch.stack([value.detach().reshape(()).to(accelerator.device, torch.float64) for value in record.values()])
     return dict(zip(record, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
-
-
-class _GradientNorms:
-    """Squared norms of the gradients that reach embeddings through views of them, summed over the views of a step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = {role: torch.zeros((), device=device) for role in ("task", "regularizer")}
-
-    def watch(self, embeddings: Embeddings, role: str) -> Embeddings:
-        def record(gradient: Tensor) -> None:
-            self.sums[role] = self.sums[role] + gradient.detach().float().square().sum()
-
-        views = [None if value is None else value.view_as(value) for value in embeddings]
-        for view in views:
-            if view is not None and view.requires_grad:
-                view.register_hook(record)
-        return Embeddings(*views)
-
-    def squares(self) -> dict[str, Tensor]:
-        return {f"{role}_square": value for role, value in self.sums.items()}
 
 
 class _WeightMean:

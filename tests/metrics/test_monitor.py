@@ -1,0 +1,201 @@
+"""The drift monitor: its numbers are the metrics', its alarms come when they should, and it costs no copy."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from geomreg import Embeddings
+from geomreg.metrics import DriftMonitor, distortion_bound, drift, rsa
+
+
+def vectors(rows, seed, width=6):
+    return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def expected(student, teacher):
+    moved, bound = drift(student, teacher), distortion_bound(student, teacher)
+    return {"rsa": bound.rsa, "rsa_bound": bound.aligned_rsa_bound, "mean_shift": moved.mean_shift, "dispersion": moved.dispersion}
+
+
+def agrees(report, which, student, teacher):
+    for key, value in expected(student, teacher).items():
+        assert report[f"{which}/{key}"] == pytest.approx(float(value), rel=1e-9), (which, key)
+
+
+def test_numbers_are_the_metrics():
+    teacher = [Embeddings(vectors(5, seed), vectors(5, seed + 10)) for seed in range(3)]
+    student = [Embeddings(*(F.normalize(value + 0.3 * vectors(5, 99), dim=1) for value in one)) for one in teacher]
+    monitor = DriftMonitor()
+    for one, other in zip(student, teacher, strict=True):
+        monitor.update(one, other)
+    report = monitor.compute()
+    image, text = ([torch.cat([one[k] for one in side]) for side in (student, teacher)] for k in (0, 1))
+    agrees(report, "image", *image)
+    agrees(report, "text", *text)
+    agrees(report, "stacked", *(torch.cat(both) for both in zip(image, text, strict=True)))
+    assert report["image/rsa"] == pytest.approx(rsa(*image).item())
+    assert len(report) == 12
+    assert monitor.compute() == {}  # what was collected is used up
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 50])
+def test_the_newest_samples_count(batch):
+    teacher, student = vectors(60, 1), vectors(60, 2)
+    monitor = DriftMonitor(max_samples=9)
+    for k in range(0, 60, batch):
+        monitor.update(Embeddings(image=student[k : k + batch]), Embeddings(image=teacher[k : k + batch]))
+        assert sum(len(one) for one, _ in monitor._rows["image"]) < 9 + batch  # no more is kept
+    agrees(monitor.compute(), "image", student[-9:], teacher[-9:])
+
+
+def test_modalities_of_one_side_and_few_samples():
+    monitor = DriftMonitor()
+    monitor.update(Embeddings(vectors(2, 1), vectors(2, 2)), Embeddings(image=vectors(2, 3)))
+    assert monitor.compute() == {}
+    monitor.update(Embeddings(vectors(4, 1), vectors(4, 2)), Embeddings(text=vectors(4, 3)))
+    assert {key.split("/")[0] for key in monitor.compute()} == {"text"}
+
+
+class Model:
+    """A probe whose images turn towards one class, by a share of the way."""
+
+    def __init__(self, labels):
+        self.classes = torch.eye(4, 6)
+        self.image, self.turned = F.normalize(self.classes[labels] + 0.01 * vectors(len(labels), 5), dim=1), 0
+
+    def __call__(self):
+        image = self.image.clone()
+        image[: self.turned] = self.classes[3] + 0.01 * vectors(len(image), 6)[: self.turned]
+        return image, self.classes
+
+
+def test_probe_and_its_alarm():
+    labels = torch.arange(20) % 3
+    model, alarms = Model(labels), []
+    monitor = DriftMonitor(probe=model, labels=labels, max_zero_shot_drop=12.0, on_alarm=lambda alarm: alarms.append(alarm) or True)
+    report = monitor.compute()
+    assert (report["probe/zero_shot"], report["probe/zero_shot_start"], report["probe/zero_shot_drop"]) == (100.0, 100.0, 0.0)
+    assert report["probe/rsa"] == pytest.approx(1.0)
+    model.turned = 2
+    start, now = model.image, model()[0]
+    report = monitor.compute()
+    assert report["probe/zero_shot_drop"] == pytest.approx(10.0)
+    agrees(report, "probe", now, start)
+    assert not monitor.stopped
+    assert alarms == []
+    model.turned = 3
+    report = monitor.compute()
+    assert monitor.stopped
+    (alarm,) = alarms
+    assert (alarm.name, alarm.limit) == ("probe/zero_shot_drop", 12.0)
+    assert alarm.value == pytest.approx(15.0)
+    assert alarm.report == report
+    assert str(alarm) == "probe/zero_shot_drop is 15, beyond the limit 12"
+
+
+def test_start_is_saved():
+    labels = torch.arange(20) % 3
+    model = Model(labels)
+    monitor = DriftMonitor(probe=model, labels=labels)
+    state = monitor.state_dict()
+    model.turned = 5
+    resumed = DriftMonitor(probe=model, labels=labels)
+    assert resumed.compute()["probe/zero_shot_drop"] == 0.0
+    resumed.load_state_dict(state)
+    assert resumed.compute() == monitor.compute()
+    with pytest.raises(ValueError, match=r"^DriftMonitor: expected the state of a monitor with the same probe"):
+        DriftMonitor().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("limit", "far", "near"),
+    [
+        ({"min_rsa": 0.9}, lambda x: x.flip(0), lambda x: x @ torch.linalg.qr(torch.randn(6, 6))[0]),
+        ({"max_mean_shift": 0.5}, lambda x: x + 1, lambda x: x + 0.1),
+    ],
+    ids=["rsa", "mean shift"],
+)
+def test_other_limits(limit, far, near):
+    teacher = vectors(30, 1)
+    for move, count in ((near, 0), (far, 1)):
+        alarms = []
+        monitor = DriftMonitor(**limit, on_alarm=alarms.append)
+        monitor.update(Embeddings(text=move(teacher)), Embeddings(text=teacher))
+        monitor.compute()
+        assert len(alarms) == count
+        assert not monitor.stopped  # append returns None
+
+
+def test_without_a_callback_it_warns():
+    monitor = DriftMonitor(max_mean_shift=0.1)
+    monitor.update(Embeddings(image=vectors(9, 1) + 1), Embeddings(image=vectors(9, 1)))
+    with pytest.warns(UserWarning, match=r"^DriftMonitor: image/mean_shift is 2.449, beyond the limit 0.1"):
+        monitor.compute()
+
+
+@pytest.mark.parametrize("spoilt", [torch.full((9, 6), math.nan), torch.ones(9, 6)], ids=["NaN", "collapsed"])
+def test_what_is_not_defined_is_beyond_every_limit(spoilt):
+    """Training is not stopped by an exception of its monitor."""
+    alarms = []
+    monitor = DriftMonitor(min_rsa=-1.0, on_alarm=alarms.append)
+    monitor.update(Embeddings(image=spoilt), Embeddings(image=vectors(9, 1)))
+    assert math.isnan(monitor.compute()["image/rsa"])
+    assert [alarm.name for alarm in alarms] == ["image/rsa"]
+
+
+def test_gradient_ratio():
+    value = torch.ones(3, 2, requires_grad=True)
+    monitor = DriftMonitor()
+    for _ in range(2):
+        task, kept = (monitor.norms.watch(Embeddings(text=value), role).text for role in ("task", "regularizer"))
+        (2 * task.sum() + 3 * kept.sum()).backward()
+    assert monitor.compute()["gradient_ratio"] == pytest.approx(1.5)
+    assert "gradient_ratio" not in monitor.compute()
+
+
+def test_due():
+    monitor = DriftMonitor(every=3)
+    assert [step for step in range(1, 10) if monitor.due(step)] == [3, 6, 9]
+
+
+def test_no_graph_and_no_copy_is_kept():
+    student = vectors(8, 1).requires_grad_()
+    embeddings = Embeddings(image=2 * student)
+    monitor = DriftMonitor()
+    monitor.update(embeddings, Embeddings(image=vectors(8, 2)))
+    ((kept, _),) = monitor._rows["image"]
+    assert not kept.requires_grad
+    assert kept.data_ptr() == embeddings.image.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "expected every as a whole number >= 1, got 0"),
+        ({"max_samples": 2}, "expected max_samples as a whole number >= 3, got 2"),
+        ({"min_rsa": 1.5}, "expected min_rsa between -1 and 1, got 1.5"),
+        ({"max_mean_shift": 0.0}, "expected max_mean_shift"),
+        ({"max_zero_shot_drop": 2.0}, "expected a probe for max_zero_shot_drop, got none"),
+        ({"probe": lambda: (vectors(4, 1), vectors(2, 2))}, "expected probe and labels together, got one without the other"),
+        (
+            {"probe": lambda: (vectors(4, 1), vectors(2, 2)), "labels": torch.zeros(3, dtype=torch.long)},
+            r"expected labels as integers of shape \(4,\)",
+        ),
+        (
+            {"probe": lambda: (vectors(4, 1), vectors(2, 2, 5)), "labels": torch.zeros(4, dtype=torch.long)},
+            "expected images and classes of one width from probe, got 6 and 5",
+        ),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=f"^DriftMonitor: {message}"):
+        DriftMonitor(**options)
+
+
+def test_bad_batches():
+    with pytest.raises(ValueError, match=r"^DriftMonitor: expected"):
+        DriftMonitor().update(Embeddings(image=vectors(4, 1)), Embeddings(image=vectors(5, 1)))
+    with pytest.raises(TypeError, match=r"^DriftMonitor: expected"):
+        DriftMonitor().update(vectors(4, 1), Embeddings(image=vectors(4, 1)))
