@@ -21,7 +21,7 @@ from geomreg.integrations.recipes.data import (
 )
 from geomreg.integrations.recipes.models import ModelConfig
 
-__all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "TermConfig", "TrainConfig", "check_options"]
+__all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "MonitorConfig", "TermConfig", "TrainConfig", "check_options"]
 
 READERS: dict[str, type[Any]] = {
     "csv": CsvPairs,
@@ -204,6 +204,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """How a run is watched.
+
+    Attributes:
+        samples: of the probe, at most.
+        every: optimizer steps between measurements.
+        max_zero_shot_drop: points of zero-shot accuracy on the probe below that of the start.
+        min_rsa: least RSA of the probe's images, and of the reference's.
+        stop: end the run after the step that follows an alarm; otherwise it is only said.
+    """
+
+    samples: int = 512
+    every: int = 100
+    max_zero_shot_drop: float | None = None
+    min_rsa: float | None = None
+    stop: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("MonitorConfig", "samples", self.samples, 3)
+        check_count("MonitorConfig", "every", self.every, 1)
+
+
+@dataclass(frozen=True)
 class Config:
     """A run of ``geomreg finetune``.
 
@@ -219,6 +242,8 @@ class Config:
             classes are the target's.
         best: the one of them by which the best model so far is kept in the folder ``best``: validation data of the target.
         ensemble: share of the trained weights in a mixture with those at the start, kept in the folder ``ensemble`` (WiSE-FT); None: none.
+        probe: labelled data that have nothing to do with the target, to watch what is forgotten while the run goes on (drift.jsonl).
+        monitor: how, and when to stop.
         trackers: further logs beside metrics.jsonl.
         strict: a broken image is an error, instead of being replaced by another, counted and listed.
         device: ``auto`` takes a GPU if there is one; or ``cpu``.
@@ -235,6 +260,8 @@ class Config:
     evaluation: dict[str, DataConfig] = field(default_factory=dict)
     best: str | None = None
     ensemble: float | None = 0.5
+    probe: DataConfig | None = None
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     strict: bool = False
     device: Literal["auto", "cpu"] = "auto"
@@ -246,9 +273,12 @@ class Config:
             raise ValueError(f"Config: expected reference data for the method's terms, got {got} ({self.method.name}). Set both or none.")
         if (self.method.teacher == "cached") != (self.method.cache is not None):
             raise ValueError("Config: expected method.cache with method.teacher=cached, got one without the other. Set both or none.")
-        for name, data in self.evaluation.items():
+        uses = {f"the evaluation {name}": data for name, data in self.evaluation.items()}
+        if self.probe is not None:
+            uses["the probe"] = self.probe
+        for name, data in uses.items():
             if data.kind not in LABELLED:
-                raise ValueError(f"Config: expected labelled data for the evaluation {name}, got {data.kind}. Use {', '.join(LABELLED)}.")
+                raise ValueError(f"Config: expected labelled data for {name}, got {data.kind}. Use {', '.join(LABELLED)}.")
         if self.method.loss == "classification" and self.target.kind not in (known := (*LABELLED, "csv")):
             raise ValueError(f"Config: expected classes as target of {self.method.name}, got {self.target.kind}. Use {', '.join(known)}.")
         if self.target.kind not in READERS:

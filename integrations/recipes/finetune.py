@@ -32,10 +32,11 @@ from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, load_head, take_head, zero_shot_classifier
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
+from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.records import Log, check_trackers, claim, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, read, reference_of
-from geomreg.integrations.recipes.train import Banks, Checkpoints, Settings, encode, finetune
+from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
 from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
@@ -51,9 +52,10 @@ def finetune_from(config: Config) -> Path:
 
     A dry run loads everything, takes a few steps, says how long the run will be and what it needs, and writes nothing.
 
-    The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, broken.txt if samples
-    could not be read, and in open_clip's layout, adapters merged, the final model in ``model``, the best in ``best`` and the mixture with
-    the model at the start in ``ensemble``; a trained head is beside the weights, in head.safetensors and classes.json.
+    The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, drift.jsonl if there is
+    a probe, broken.txt if samples could not be read, and in open_clip's layout, adapters merged, the final model in ``model``, the best
+    in ``best`` and the mixture with the model at the start in ``ensemble``; a trained head is beside the weights, in head.safetensors
+    and classes.json.
 
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.
@@ -75,22 +77,32 @@ def finetune_from(config: Config) -> Path:
     claim(config, accelerator)
     log = Log(config, run.settings.steps, accelerator)
     evaluation = _Evaluation(run)
+    monitor = _monitor(run)
 
     def on_step(entry: dict[str, float]) -> None:
         clamp_logit_scale(run.model, config.model.max_logit_scale)
         log.add(entry)
+        if monitor is not None:
+            monitor.after(entry)
         evaluation.after(int(entry["step"]))
         for stream in run.streams.values():
             stream.check_broken(config.output)
 
     with _asked_to_stop() as stop:
         evaluation.before()
-        run.train(
-            run.settings,
-            checkpoints=Checkpoints(run.checkpoints, config.train.save_every),
-            on_step=on_step,
-            should_stop=stop.is_set,
-        )
+        try:
+            run.train(
+                run.settings,
+                checkpoints=Checkpoints(run.checkpoints, config.train.save_every),
+                on_step=on_step,
+                on_reference=None if monitor is None else monitor.monitor.update,
+                should_stop=lambda: stop.is_set() or (monitor is not None and monitor.stopped),
+                until=None if monitor is None else monitor.last_step,
+            )
+        except RunStoppedError:
+            if monitor is None or monitor.last_step is None:  # on every process, from the file
+                raise
+            evaluation.after(monitor.last_step, last=True)
     log.end()
     if accelerator.is_main_process:
         run.export(config.output / "model")
@@ -219,6 +231,19 @@ class _Run:
         to_open_clip(model, self.loaded.config, folder, head=trained)
 
 
+def _monitor(run: _Run) -> RunMonitor | None:
+    """Made before training: what it sees first is the start."""
+    config, loaded = run.config, run.loaded
+    if config.probe is None:
+        return None
+    dataset = read(config.probe, loaded, transform=loaded.transform, modalities=("image",), strict=config.strict)
+    if run.sharded is None:
+        run.model.to(run.accelerator.device)
+    tokens = class_tokens(dataset, loaded)
+    options = (config.monitor, config.output, run.accelerator)
+    return RunMonitor(run.current, dataset, tokens, *options, workers=config.train.workers)
+
+
 def _check_learning_rate(config: Config) -> None:
     usual, rate = config.model.learning_rates, config.train.learning_rate
     if usual is not None and rate > HIGH_RATE * usual[1]:
@@ -338,9 +363,9 @@ class _Evaluation:
                 self.run.model.to(self.run.accelerator.device)
             self._evaluate(0)
 
-    def after(self, step: int) -> None:
+    def after(self, step: int, *, last: bool = False) -> None:
         """Evaluate, if it is time."""
-        if self.data and (step % self.every == 0 or step == self.steps):
+        if self.data and (last or step % self.every == 0 or step == self.steps):
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> None:
@@ -363,7 +388,7 @@ class _Evaluation:
         device = self.run.accelerator.device
         found = self._measured(load(str(mixture)).model.to(device), None if head is None else head[0].to(device))
         entries = [entry for entry in self.entries() if "ensemble" not in entry]
-        self._write([*entries, {"step": self.steps, "ensemble": self.config.ensemble, **found}])
+        self._write([*entries, {"step": entries[-1]["step"], "ensemble": self.config.ensemble, **found}])
         for name in self.data:
             start, *_, end = (entry[name]["accuracy"] for entry in (entries[0], *entries))
             print(f"{name}: {start:.1f} % -> {end:.1f} % ({end - start:+.1f}); ensemble {found[name]['accuracy']:.1f} %")

@@ -126,7 +126,9 @@ def finetune(
     sharded: Sharded | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
+    on_reference: Callable[[Embeddings, Embeddings], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    until: int | None = None,
 ) -> nn.Module:
     """Fine-tune an open_clip model in place; returns it, unwrapped, in evaluation mode.
 
@@ -153,6 +155,9 @@ def finetune(
             if it has one, as ``<term>/mean_norm``; ``gradient_ratio``, the norm of the terms' gradient with respect to the embeddings
             of the samples by that of the target loss (as :class:`~geomreg.schedules.BalancedWeight` measures it); ``logit_scale``; and
             ``learning_rate``. Losses and terms are means over the processes.
+        on_reference: called with the student's and the teacher's embeddings of the reference samples of this process, those of a chunk
+            at a time.
+        until: end after so many steps, with the schedule of the whole run.
         should_stop: asked after each step; if true in some process, the run is saved and :class:`RunStoppedError` raised.
 
     Raises:
@@ -233,7 +238,8 @@ def finetune(
     target_batches = target(start)
     reference_batches = None if reference is None else reference(-(-start // settings.regularize_every))
     banks = None if texts is None else texts(start)
-    for step in range(start, settings.steps):
+    last_step = settings.steps if until is None else min(until, settings.steps)
+    for step in range(start, last_step):
         optimizer.zero_grad()
         value = torch.zeros((), device=accelerator.device)
         regularized = regularizer is not None and step % settings.regularize_every == 0
@@ -256,7 +262,7 @@ def finetune(
                     frozen = teacher(batch)
             given = partial(_inputs, regularizer, wrapped, bank)
             of_reference, value = _regularized(
-                encoded, batch, frozen, regularizer, settings.regularize_every, given, norms, options, declared
+                encoded, batch, frozen, regularizer, settings.regularize_every, given, norms, options, declared, on_reference
             )
             terms |= of_reference
             del batch, frozen
@@ -350,11 +356,14 @@ def _regularized(
     norms: GradientNorms,
     options: dict[str, Any],
     declared: list[Tensor],
+    on_reference: Callable[[Embeddings, Embeddings], None] | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
     parts: dict[str, Tensor] = {}
 
     def of(embeddings: Embeddings, teacher: Embeddings | None, share: float) -> Tensor:
+        if on_reference is not None and teacher is not None:
+            on_reference(embeddings, teacher)
         terms = regularizer.terms(norms.watch(embeddings, "regularizer"), teacher, **given())
         for name, part in terms.parts.items():
             parts[name] = parts.get(name, 0.0) + share * part

@@ -24,7 +24,7 @@ from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes import finetune as finetune_module
 from geomreg.integrations.recipes import records
 from geomreg.integrations.recipes.cli import main
-from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, TermConfig, TrainConfig
+from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, MonitorConfig, TermConfig, TrainConfig
 from geomreg.integrations.recipes.data import LabelledFolder
 from geomreg.integrations.recipes.embed import Options, embed_data
 from geomreg.integrations.recipes.evaluate import evaluate
@@ -33,6 +33,7 @@ from geomreg.integrations.recipes.finetune import finetune_from
 from geomreg.integrations.recipes.head import load_head
 from geomreg.integrations.recipes.models import Lora, ModelConfig, compile_blocks, load
 from geomreg.integrations.recipes.train import encode
+from geomreg.metrics import rsa
 
 CONFIGS = Path(__file__).parents[3] / "integrations" / "recipes" / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "method").iterdir())
@@ -599,6 +600,53 @@ def test_other_configuration_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match=r"to go on with train.learning_rate 0.0001, got 0.0002"):
         finetune_from(config(data, tmp_path / "run", learning_rate=2e-4))
     finetune_from(config(data, tmp_path / "run"))  # nothing left to do
+
+
+# the monitor
+
+
+def test_probe_is_watched(data, tmp_path):
+    """The numbers are those of the exported model; looking changes nothing."""
+    one = config(data, tmp_path / "run", kind="folder", learning_rate=1e-3)
+    probe = DataConfig("folder", str(data / "classes"), {"class_names": NAMES})
+    watched = dataclasses.replace(one, probe=probe, monitor=MonitorConfig(every=2, samples=25))
+    out = finetune_from(watched)
+    found = [json.loads(line) for line in (tmp_path / "run" / "drift.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in found] == [2, 4]
+    final, start = load(str(out)), load(str(model_folder()))
+    folder = LabelledFolder(data / "classes", transform=final.transform, class_names=NAMES)
+    rows = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:25].sort().values.tolist()
+    images, labels = torch.stack([folder[row]["image"] for row in rows]), torch.tensor(folder.labels[rows])
+    with torch.no_grad():
+        after, before = (loaded.model.encode_image(images, normalize=True) for loaded in (final, start))
+        head = final.model.encode_text(final.tokenizer(folder.class_texts("a photo of a {}.")), normalize=True)
+    assert found[1]["probe/rsa"] == pytest.approx(rsa(after, before).item(), rel=1e-4)
+    assert found[1]["probe/mean_shift"] == pytest.approx((after - before).mean(dim=0).norm().item(), rel=1e-4)
+    assert found[1]["probe/zero_shot"] == pytest.approx(100 * ((after @ head.T).argmax(1) == labels).double().mean().item())
+    assert {"image/rsa", "text/rsa", "stacked/rsa", "gradient_ratio"} <= found[1].keys()
+    plain = finetune_from(dataclasses.replace(one, output=tmp_path / "plain"))
+    assert torch.equal(weights(out), weights(plain))
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_alarm_ends_the_run(data, tmp_path, capsys, stop):
+    """After the step that follows it; the model is exported, and the same command does not go on."""
+    monitor = MonitorConfig(every=2, samples=25, min_rsa=0.9999, stop=stop)
+    evaluation = {"id": DataConfig("folder", str(data / "classes"))}
+    one = config(data, tmp_path / "run", kind="folder", learning_rate=1e-3, steps=6, evaluation=evaluation)
+    one = dataclasses.replace(one, probe=DataConfig("folder", str(data / "classes")), monitor=monitor)
+    out = finetune_from(one)
+    assert "image/rsa is 0." in capsys.readouterr().out
+    assert [entry["step"] for entry in logged(tmp_path / "run")] == list(range(1, 4 if stop else 7))
+    first = json.loads((tmp_path / "run" / "drift.jsonl").read_text().splitlines()[0])
+    assert first["stopped"] == stop
+    assert first["alarm"].startswith("image/rsa is 0.")
+    ended = weights(out)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert steps == ([0, 3, 3] if stop else [0, 6, 6])
+    shutil.rmtree(out)
+    assert torch.equal(weights(finetune_from(one)), ended)
+    assert len(logged(tmp_path / "run")) == (3 if stop else 6)
 
 
 # what is wrong
