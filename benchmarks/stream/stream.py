@@ -1,18 +1,19 @@
 """Streaming of training data: how fast the loader is beside a bare decoder, and what it keeps in memory.
 
-    python benchmarks/stream/stream.py                   # results/stream.json; writes about 3 GB under --folder and removes them
-    python benchmarks/stream/stream.py --samples 5120    # shorter, printed and not recorded
+    python benchmarks/stream/stream.py                     # results/stream.json; writes about 4 GB under --folder and removes them
+    python benchmarks/stream/stream.py --samples 5120      # other numbers of samples are printed and not recorded
 
-A CSV file of 100,000 rows (400 different JPEG files of about 400 pixels, each 250 times) and 50 tar shards of 2,000 samples are streamed for
-an epoch by the loader of ``geomreg finetune``: FLYP's crops to 224 pixels, CLIP's tokenizer, batches of 256, ``workers=0`` and ``workers=1``.
+A CSV file of 100,000 rows (400 different JPEG files of about 400 pixels, each 250 times) and 50 tar shards of 2,000 samples are streamed by
+the loader of ``geomreg finetune``: FLYP's crops to 224 pixels, CLIP's tokenizer, batches of 256, ``workers=0`` and ``workers=1``. All files
+are in the page cache. For each of the four:
 
-The decoder is a loop of Pillow and the same crops over the same files, which does nothing else: no captions, no order, and each tensor is
-dropped before the next. The stacking decoder makes batches of its tensors besides, as any loader has to, in memory that is
-new for each batch (154 MB). Without a worker the three take turns; with one, the decoders run alone, ten times between the batches, while
-the worker waits with its batches full. All files are in the page cache.
+*Speed.* The decoder is a loop of Pillow and the same crops over the same files, which does nothing else: no captions, no order, and each
+tensor is dropped before the next. The stacking decoder makes batches of its tensors besides, as any loader has to, in memory that is new
+for each batch (154 MB). Without a worker the three take turns, a batch each; with one, the decoders run alone while the worker waits with its
+queue full. Ratios are those of neighbours, so that others who use the machine slow down both.
 
-Memory is the sum of the proportional set sizes (PSS: shared pages count once) of the process and its workers, after the first batch and
-after each tenth of the epoch, when no batch is being made.
+*Memory*, in a process without decoders: the sum of the proportional set sizes (PSS: shared pages count once) of the process and its
+workers, after the first batch and after each tenth of ``--samples``, when no batch is being made.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
 
 RESULT = Path(__file__).parent / "results" / "stream.json"
 ROWS, SHARDS, PICTURES, BATCH = 100_000, 50, 400, 256
+TURNS, SAMPLES = 12, 20_480
 WORDS = "a photo of the old red house near water with two small dogs people walking street market night green hill child boat".split()  # noqa: SIM905
 
 
@@ -115,11 +117,37 @@ def settled() -> float:
     return now
 
 
-def measure(folder: Path, kind: str, workers: int, samples: int) -> dict[str, Any]:
-    """Stream in this process, beside the decoders."""
-    torch.set_num_threads(1)
+def opened(folder: Path, kind: str, workers: int) -> tuple[float, Callable[..., torch.Tensor], Iterator[dict[str, Any]]]:
+    """Seconds to open the data set, its transform, its batches."""
     transform = open_clip.image_transform(224, is_train=True, aug_cfg={"scale": (0.9, 1.0)})
     tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    began = time.perf_counter()
+    data: CsvPairs | TarPairs
+    if kind == "csv":
+        data = CsvPairs(folder / "pairs.tsv", transform=transform, tokenizer=tokenizer)
+    else:
+        data = TarPairs(str(folder / "*.tar"), transform=transform, tokenizer=tokenizer)
+    seconds = time.perf_counter() - began
+    draws = Draws(len(data), BATCH, seed=0, groups=data.groups if isinstance(data, TarPairs) else None)
+    return seconds, transform, loader(Drawn(data, seed=0), draws, workers=workers)
+
+
+def memory(folder: Path, kind: str, workers: int, samples: int) -> dict[str, Any]:
+    """What streaming keeps, tenth by tenth."""
+    seconds, _, batches = opened(folder, kind, workers)
+    count = samples // BATCH
+    next(batches)
+    kept = [settled()]
+    for k in range(10):
+        for _ in range(count * k // 10, count * (k + 1) // 10):
+            next(batches)
+        kept.append(settled())
+    return {"open_seconds": seconds, "samples": count * BATCH, "memory_mb": kept, "growth_after_a_tenth_mb": kept[-1] - kept[1]}
+
+
+def speed(folder: Path, kind: str, workers: int) -> dict[str, Any]:
+    """The loader's beside the decoders'."""
+    _, transform, batches = opened(folder, kind, workers)
     paths = itertools.cycle([str(path) for path in sorted((folder / "images").iterdir())])
 
     def decoded() -> Iterator[torch.Tensor]:
@@ -133,68 +161,43 @@ def measure(folder: Path, kind: str, workers: int, samples: int) -> dict[str, An
     def stack() -> int:
         return len(torch.stack(list(decoded())))
 
-    began = time.perf_counter()
-    data: CsvPairs | TarPairs
-    if kind == "csv":
-        data = CsvPairs(folder / "pairs.tsv", transform=transform, tokenizer=tokenizer)
-    else:
-        data = TarPairs(str(folder / "*.tar"), transform=transform, tokenizer=tokenizer)
-    opened = time.perf_counter() - began
-    draws = Draws(len(data), BATCH, seed=0, groups=data.groups if isinstance(data, TarPairs) else None)
-    batches = loader(Drawn(data, seed=0), draws, workers=workers)
-
     def load() -> int:
         return len(next(batches)["id"])
 
-    decode(), stack(), load()
-    memory, rates, count = [settled()], {"decoder": [], "stacking_decoder": [], "loader": []}, samples // BATCH
-    for k in range(10):
-        part = count * (k + 1) // 10 - count * k // 10
-        if workers:  # its queue is full; what it has ready is not timed
-            rates["decoder"].append(rate(decode))
-            rates["stacking_decoder"].append(rate(stack))
+    rates: dict[str, list[float]] = {"decoder": [], "stacking_decoder": [], "loader": []}
+    for turn in range(TURNS + 1):
+        if workers:
+            settled()
+        found = {"decoder": rate(decode), "stacking_decoder": rate(stack)}
+        if workers:  # what it has ready is not timed
             for _ in range(3):
                 load()
-            began = time.perf_counter()
-            done = sum(load() for _ in range(part - 3))
-            rates["loader"].append(done / (time.perf_counter() - began))
-        else:
-            for one in range(part):
-                if one % 4 == 0:
-                    rates["decoder"].append(rate(decode))
-                    rates["stacking_decoder"].append(rate(stack))
-                    rates["loader"].append(rate(load))
-                else:
-                    load()
-        memory.append(settled())
+        found["loader"] = rate(lambda: sum(load() for _ in range(4 if workers else 1)))
+        if turn:  # the first fills caches
+            for name, value in found.items():
+                rates[name].append(value)
 
     def over(name: str) -> dict[str, float]:
-        return spread(
-            [ours / other for ours, other in zip(rates["loader"], rates[name], strict=True)]
-        )  # of neighbours: others use the machine
+        return spread([ours / other for ours, other in zip(rates["loader"], rates[name], strict=True)])
 
     return {
-        "kind": kind,
-        "workers": workers,
-        "open_seconds": opened,
-        "samples": count * BATCH,
         "samples_per_second": {name: spread(values) for name, values in rates.items()},
         "loader_over_decoder": over("decoder"),
         "loader_over_stacking_decoder": over("stacking_decoder"),
-        "memory_mb": memory,
-        "growth_after_a_tenth_mb": memory[-1] - memory[1],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, default=ROWS, help="streamed in each of the four runs")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="streamed in each of the four runs of memory")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "KIND", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, metavar=("WHAT", "FOLDER", "KIND", "WORKERS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        folder, kind, workers = options.measure
-        print(json.dumps(measure(Path(folder), kind, int(workers), options.samples)))
+        torch.set_num_threads(1)
+        what, given, kind, count = options.measure
+        more = (options.samples,) if what == "memory" else ()
+        print(json.dumps({"memory": memory, "speed": speed}[what](Path(given), kind, int(count), *more)))
         return
     folder = Path(tempfile.mkdtemp(dir=options.folder, prefix="stream-benchmark-"))
     record: dict[str, Any] = {
@@ -211,14 +214,18 @@ def main() -> None:
         write(folder)
         record["bytes_a_picture"] = statistics.mean(path.stat().st_size for path in (folder / "images").iterdir())
         for kind, workers in itertools.product(("csv", "tar"), (0, 1)):
-            command = [sys.executable, __file__, "--measure", str(folder), kind, str(workers), "--samples", str(options.samples)]
-            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            record["runs"].append({**json.loads(answer.stdout.splitlines()[-1]), "load_average": os.getloadavg()[0]})
+            run: dict[str, Any] = {"kind": kind, "workers": workers}
+            for what in ("speed", "memory"):
+                before = os.getloadavg()[0]
+                command = [sys.executable, __file__, "--measure", what, str(folder), kind, str(workers), "--samples", str(options.samples)]
+                answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                run |= {**json.loads(answer.stdout.splitlines()[-1]), f"load_average_before_{what}": before}
+            record["runs"].append(run)
             print(json.dumps(record["runs"][-1]), flush=True)
     finally:
         shutil.rmtree(folder)
     print(json.dumps(record, indent=1))
-    if options.samples == ROWS:
+    if options.samples == SAMPLES:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

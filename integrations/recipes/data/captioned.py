@@ -82,7 +82,6 @@ class Captioned(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
         sample = self.dataset[index]
         if "broken" in sample:
             return sample

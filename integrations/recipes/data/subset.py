@@ -54,7 +54,7 @@ class Subset(Dataset[dict[str, Any]]):
                 setattr(self, name, values[self.rows])
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("dataset", "labels", "groups"):  # not there yet, or not there at all
+        if name.startswith("_") or name == "dataset":  # not there yet
             raise AttributeError(name)
         return getattr(self.dataset, name)
 

@@ -82,4 +82,13 @@ def test_kinds_of_numbers(workers, dtype):
     assert torch.equal(torch.cat([first["label"], last["label"]]), torch.arange(5))
     assert torch.equal(torch.cat([first["flag"], last["flag"]]), torch.arange(5) > 2)
     assert last["broken"] == [BROKEN["broken"]]
-    assert all(value.is_shared() == bool(workers) for value in first.values() if isinstance(value, torch.Tensor))
+
+
+def shared(samples):
+    return [value.is_shared() for value in collate(samples).values() if isinstance(value, torch.Tensor)]
+
+
+def test_workers_write_into_shared_memory():
+    for workers in (0, 1):
+        (found,) = DataLoader([sample("a"), sample("c")], batch_size=2, num_workers=workers, collate_fn=shared)
+        assert found == [bool(workers)] * 2

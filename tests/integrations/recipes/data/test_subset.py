@@ -159,7 +159,7 @@ def test_files_as_editors_write_them(folder, tmp_path, content):
 
 
 def test_names_that_are_not_utf8_or_have_odd_characters(tmp_path):
-    names = ["caf\udce9.png", "a\u2028b.png", "a\x0bb.png", " c.png"]
+    names = ["caf\udce9.png", "a\u2028b.png", "a\x0bb.png", "a\rb.png", " c.png"]
     for name in names:
         write_image(tmp_path / "images" / "x" / name)
     write_image(tmp_path / "images" / "x" / "other.png")
