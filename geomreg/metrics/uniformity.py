@@ -102,7 +102,7 @@ def uniformity(x: Tensor, y: Tensor | None = None, *, t: float = 2.0, normalize:
     labels, values = (("x",), (x,)) if y is None else (("x", "y"), (x, y))
     check_same_samples("uniformity", labels, values, minimum=2, same_width=True)
     ready = [_ready("uniformity", label, value, normalize) for label, value in zip(labels, values, strict=True)]
-    one, two = ready[0] - ready[0].mean(dim=0), ready[-1] - ready[0].mean(dim=0)  # distances stay, large offsets go
+    one, two = ready[0] - ready[0].mean(dim=0), ready[-1] - ready[0].mean(dim=0)  # far from 0 every tile would take the slow way
     if y is None:
         parts = [(-t * squares).logsumexp(dim=0) for (squares,) in pair_distances((one,))]
         return torch.stack(parts).logsumexp(dim=0) - math.log(len(one) * (len(one) - 1) / 2)
