@@ -22,14 +22,13 @@ def squared_distances(one: Tensor, two: Tensor, *, itself: bool = False) -> Tens
 
     By inner products, which is fast but takes differences of large numbers; a tile with two points so close that this costs digits is
     computed again, several times slower, from differences of vectors. Rows should be centred. ``itself``: ``two`` is ``one``, and the
-    distance of a row to itself is 0.
+    diagonal, which is 0 but for rounding, is of no interest.
     """
     norms = one.square().sum(dim=1)[:, None] + two.square().sum(dim=1)
     squares = torch.addmm(norms, one, two.T, alpha=-2)
     near = squares < 1e-3 * norms
     if itself:
         near.fill_diagonal_(False)
-        squares.fill_diagonal_(0)
     if bool(near.any()):
         squares = torch.cdist(one, two, compute_mode="donot_use_mm_for_euclid_dist").square()
     return squares.clamp(min=0)
