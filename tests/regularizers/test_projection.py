@@ -47,6 +47,8 @@ def test_module_follows_the_live_weights_and_registers_nothing():
         image.mul_(2)
     assert not torch.allclose(term(None, None), before)
     assert not list(term.parameters())
+    assert [id(value) for value in term.weights] == [id(image), id(text.weight)]
+    assert [id(value) for value in ProjectionOrthogonality(image, cross=0).weights] == [id(image)]
     assert not term.state_dict()
     assert copy.deepcopy(term)().item() == term().item()
 

@@ -98,6 +98,11 @@ def texts_only(one: nn.Module) -> dict[str, Any]:
     return {"regularizer": WeightedSum(keep=(5.0, AverageVectorLoss())), "teacher": Teacher(one, encode)}
 
 
+def frozen_texts(one: nn.Module) -> dict[str, Any]:
+    freeze(one, ModelConfig("x", frozen=("text",)))
+    return dive(one)
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "flyp": (lambda one: {}, {}),
     "flyp in chunks": (lambda one: {}, {"chunk_size": 2}),
@@ -108,6 +113,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "terms on weights in chunks": (on_weights, {"chunk_size": 2, "clip_norm": 0.5}),
     "adapters": (with_adapters, {"chunk_size": 2}),
     "captions alone": (texts_only, {"chunk_size": 1}),
+    "frozen text tower": (frozen_texts, {"chunk_size": 2}),
 }
 
 
