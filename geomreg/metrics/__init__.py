@@ -8,7 +8,8 @@ from geomreg.metrics.modality_gap import ModalityGap, modality_gap
 from geomreg.metrics.monitor import Alarm, DriftMonitor
 from geomreg.metrics.neighbours import MutualKNN, mutual_knn
 from geomreg.metrics.procrustes import Procrustes, ProcrustesParts, procrustes
-from geomreg.metrics.rsa import RSA, BoundedRSA, RSAInterval, bounded_rsa, rsa, rsa_interval, rsa_of_caches
+from geomreg.metrics.rsa import RSA, BoundedRSA, RSAInterval, bounded_rsa, rsa, rsa_interval
+from geomreg.metrics.rsa_caches import rsa_of_caches
 from geomreg.metrics.uniformity import AlignmentUniformity, AlignmentUniformityParts, alignment, uniformity
 
 __all__ = [

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from geomreg.cache import EmbeddingCache
 from geomreg.checks import (
-    check_common_ids,
     check_count,
     check_fraction,
     check_max_samples,
@@ -28,7 +26,7 @@ from geomreg.metrics.rsa_pairs import Pairs, Space, equal_distances
 from geomreg.metrics.rsa_ranks import BoundedRSA, by_histogram, ranks
 from geomreg.types import Embeddings
 
-__all__ = ["RSA", "BoundedRSA", "RSAInterval", "bounded_rsa", "rsa", "rsa_interval", "rsa_of_caches"]
+__all__ = ["RSA", "BoundedRSA", "RSAInterval", "bounded_rsa", "rsa", "rsa_interval"]
 
 DISSIMILARITIES = ("euclidean", "sqeuclidean", "cosine", "correlation")
 CORRELATIONS = ("pearson", "spearman")
@@ -267,8 +265,8 @@ class RSA(Metric):
         keep_rows: by default Pearson of squared Euclidean, cosine and correlation dissimilarity streams: it keeps sums of 3 D^2 fp64
             numbers (6 MB at width 512), whatever the number of samples. True keeps the rows, for few samples in very many dimensions, or
             distances that spread so little (0.3 % of their mean) that rounding would show in sums, which is an error.
-        max_samples: more rows than this, where rows must be kept, raise in ``compute``: time grows with their square (a minute
-            for 50,000 under Pearson), and memory with their number.
+        max_samples: more rows than this, where rows must be kept, raise in ``compute``: time grows with their square, memory with their
+            number (of exact Spearman with its square).
 
     ``update(student, teacher, ids=..., teacher_ids=...)`` takes :class:`~geomreg.Embeddings`; with integer ids given, a
     different order on the two sides, or the same sample twice (a distributed sampler that pads), is an error.
@@ -401,53 +399,6 @@ class RSA(Metric):
                 "Rounding would show in the sums: pass keep_rows=True, and look for collapsed embeddings."
             )
         return sums.correlation()
-
-
-def rsa_of_caches(
-    student: EmbeddingCache,
-    teacher: EmbeddingCache,
-    *,
-    modality: str = "image",
-    ids: Sequence[object] | None = None,
-    batch_size: int = 4096,
-    **options: Any,
-) -> Tensor | RSAInterval:
-    """:class:`RSA` of two embedding caches of the same data set, read in batches by id: before and after fine-tuning, say.
-
-    Args:
-        student: cache of the fine-tuned model, whose rows may be in another order.
-        teacher: cache of the model before.
-        modality: as for :class:`RSA`.
-        ids: samples to compare; by default all, which both must have.
-        batch_size: samples read at a time.
-        options: of :class:`RSA`. With ``dissimilarity="cosine"`` or another one that streams, any number of samples fits.
-
-    Returns:
-        What :class:`RSA` computes; in several processes each computes all of it.
-
-    Raises:
-        ValueError: samples that only one of them has, or the same one twice; and as :class:`RSA`.
-
-    Example:
-        >>> rsa_of_caches(EmbeddingCache.open("after"), EmbeddingCache.open("before"), dissimilarity="cosine")  # doctest: +SKIP
-    """
-    name = "rsa_of_caches"
-    check_option(name, "modality", modality, MODALITIES)
-    check_count(name, "batch_size", batch_size, 1)
-    fields = Embeddings._fields if modality in ("stacked", "cross-modal") else (modality,)
-    known = teacher.ids(fields[0]) if ids is None else list(ids)
-    if ids is None:
-        for label, cache in (("student", student), ("teacher", teacher)):
-            for field in fields:
-                check_common_ids(name, known, cache.ids(field), f"the teacher's {fields[0]}s", f"the {label}'s {field}s")
-    elif len(set(known)) != len(known):
-        raise ValueError(f"{name}: expected every sample once, got repeated ids. Drop repeats.")
-    metric = RSA(modality=modality, sync_on_compute=False, **options)
-    for start in range(0, len(known), batch_size):
-        some = known[start : start + batch_size]
-        metric.update(student(some, fields), teacher(some, fields))
-    result: Tensor | RSAInterval = metric.compute()
-    return result
 
 
 def gathered(name: str, student: object, teacher: object, max_samples: int) -> tuple[Tensor, Tensor]:
