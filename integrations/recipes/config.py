@@ -241,6 +241,7 @@ class Config:
         evaluation: labelled data sets by name, whose accuracy is written to evaluation.jsonl: zero-shot, but by a trained head where the
             classes are the target's.
         best: the one of them by which the best model so far is kept in the folder ``best``: validation data of the target.
+        best_by: number of that evaluation.
         ensemble: share of the trained weights in a mixture with those at the start, kept in the folder ``ensemble`` (WiSE-FT); None: none.
         probe: labelled data that have nothing to do with the target, to watch what is forgotten while the run goes on (drift.jsonl).
         monitor: how, and when to stop.
@@ -259,6 +260,7 @@ class Config:
     texts: DataConfig | None = None
     evaluation: dict[str, DataConfig] = field(default_factory=dict)
     best: str | None = None
+    best_by: Literal["accuracy", "class_average", "macro_f1", "worst_group"] = "accuracy"
     ensemble: float | None = 0.5
     probe: DataConfig | None = None
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

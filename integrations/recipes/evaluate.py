@@ -63,8 +63,9 @@ def evaluate(
         head: unit embeddings ``(B, D)`` to logits ``(B, C)``; None: zero-shot.
 
     Returns:
-        ``accuracy``, per class averaged ``class_average``, both in per cent, ``broken``, the number of samples left out, and with groups
-        the least accuracy of one, ``worst_group`` (WILDS).
+        In per cent ``accuracy``, ``class_average``, the mean of the classes' accuracies, ``macro_f1``, the mean of the F1 scores of the
+        classes that there are (iWildCam's measure in WILDS), and with groups ``worst_group``, the least accuracy of one (FMoW's, of
+        the five regions); and ``broken``, the number of samples left out.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -72,30 +73,38 @@ def evaluate(
         if head is None:
             texts = zero_shot_head(model, torch.stack([tokenizer(dataset.class_texts(template)) for template in dataset.templates]))
             head = partial(torch.matmul, other=texts.T)
-        right, labels, groups, broken = [], [], [], 0
+        guesses, labels, groups, broken = [], [], [], 0
         rows = [list(range(k, min(k + batch_size, len(dataset)))) for k in range(0, len(dataset), batch_size)]
         for batch in DataLoader(dataset, batch_sampler=rows, num_workers=workers, collate_fn=collate, generator=torch.Generator()):
             broken += len(batch["broken"])
             if batch["id"]:
                 image = embed(model, images=batch["image"].to(device)).image
-                right.append((head(image).argmax(dim=1).cpu() == batch["label"]).double() if image is not None else torch.zeros(0))
+                guesses.append(head(image).argmax(dim=1).cpu())
                 labels.append(batch["label"])
                 groups.append(batch.get("group", torch.zeros(len(batch["label"]), dtype=torch.long)))
     finally:
         model.train(training)
-    if not right:
+    if not guesses:
         raise RuntimeError(f"evaluate: expected samples that can be read, got {broken} broken ones. Look at the data set.")
-    score = torch.cat(right).numpy()
+    guess, label, group = (torch.cat(values).numpy() for values in (guesses, labels, groups))
+    score = (guess == label).astype(float)
     found = {
         "accuracy": 100 * score.mean(),
-        "class_average": 100 * np.mean(_means(score, torch.cat(labels).numpy())),
+        "class_average": 100 * np.mean(_means(score, label)),
+        "macro_f1": 100 * np.mean([_f1(guess == one, label == one) for one in np.unique(label)]),
         "broken": float(broken),
     }
     if getattr(dataset, "groups", None) is not None:
-        found["worst_group"] = 100 * min(_means(score, torch.cat(groups).numpy()))
+        counted = group != getattr(dataset, "unscored_group", None)
+        found["worst_group"] = 100 * min(_means(score[counted], group[counted]), default=np.nan)
     return {key: float(value) for key, value in found.items()}
 
 
 def _means(score: Any, of: Any) -> list[float]:
     """Mean score for each value of ``of``."""
     return [score[of == one].mean() for one in np.unique(of)]
+
+
+def _f1(guessed: Any, there: Any) -> float:
+    """Of one class that is there."""
+    return float(2 * (guessed & there).sum() / (guessed.sum() + there.sum()))

@@ -374,8 +374,8 @@ class _Evaluation:
             found = self._measured(model, getattr(model, NAME, None))
             before = [entry for entry in self.entries() if entry["step"] < step]
             trained = [entry for entry in before if entry["step"]]
-            name = self.config.best
-            if step and name is not None and all(found[name]["accuracy"] > entry[name]["accuracy"] for entry in trained):
+            name, by = self.config.best, self.config.best_by
+            if step and name is not None and all(found[name][by] > entry[name][by] for entry in trained):
                 self.run.export(self.config.output / "best")
             self._write([*before, {"step": step, **found}])
         self.run.accelerator.wait_for_everyone()

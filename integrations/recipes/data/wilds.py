@@ -169,8 +169,9 @@ class FMoW(Dataset[dict[str, Any]]):
     Attributes:
         classes: the 62 categories, underscores and all, as FLYP trains with them.
         labels: ``(N,)`` int64, indices into ``classes``.
-        regions: names of the regions, in the order of the metadata as WILDS has them. Accuracy of the worst region is taken without
-            ``"Other"``, the countries without a region.
+        regions: names of the regions, in the order of the metadata as WILDS has them.
+        unscored_group: index of the region ``"Other"``, the countries without one, which is left out of the accuracy of the worst region;
+            None if there is none.
         groups: ``(N,)`` int64, indices into ``regions``.
         ids: N strings.
         transform, tokenizer, templates, modalities: as given.
@@ -217,7 +218,7 @@ class FMoW(Dataset[dict[str, Any]]):
                 labels.append(label_of[category])
                 groups.append(group)
         _check_some("FMoW", split, path, files)
-        self.regions = tuple(regions)
+        self.regions, self.unscored_group = tuple(regions), regions.get("Other")
         self.ids = Strings.pack(files)
         self.labels, self.groups = np.array(labels), np.array(groups)
         if "image" in self.modalities:

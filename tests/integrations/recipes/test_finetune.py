@@ -20,7 +20,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from killing import killed_until_done
 from PIL import Image
 
+from geomreg import Embeddings
 from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes import evaluate as evaluate_module
 from geomreg.integrations.recipes import finetune as finetune_module
 from geomreg.integrations.recipes import records
 from geomreg.integrations.recipes.cli import main
@@ -575,6 +577,35 @@ def test_evaluation_by_hand(data):
     assert found["class_average"] == pytest.approx(sum(map(mean, classes)) / 2)
     assert found["worst_group"] == pytest.approx(min(mean([row for row in right if row % 3 == group]) for group in range(3)))
     assert found["broken"] == 1
+    dataset.unscored_group = 2
+    found = evaluate(loaded.model, dataset, loaded.tokenizer, batch_size=7)
+    assert found["worst_group"] == pytest.approx(min(mean([row for row in right if row % 3 == group]) for group in range(2)))
+
+
+def test_macro_f1_by_hand(monkeypatch):
+    """Of the classes that there are, in a loop over their counts."""
+
+    class Scored:
+        """Five classes, of which one is not there but guessed."""
+
+        labels = (0, 0, 0, 1, 1, 2, 2, 2, 2, 4)
+        guesses = (0, 1, 3, 1, 1, 2, 0, 0, 2, 2)
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, row):
+            return {"id": str(row), "image": torch.tensor([float(self.guesses[row])]), "label": self.labels[row]}
+
+    monkeypatch.setattr(evaluate_module, "embed", lambda model, images: Embeddings(image=images))
+    found = evaluate(torch.nn.Linear(1, 1), Scored(), None, head=lambda image: torch.nn.functional.one_hot(image[:, 0].long(), 5).float())
+    scores = []
+    for one in (0, 1, 2, 4):
+        hits = sum(guess == label == one for guess, label in zip(Scored.guesses, Scored.labels, strict=True))
+        precision, recall = hits / max(1, Scored.guesses.count(one)), hits / Scored.labels.count(one)
+        scores.append(0.0 if hits == 0 else 2 * precision * recall / (precision + recall))
+    assert found["macro_f1"] == pytest.approx(25 * sum(scores))
+    assert found["accuracy"] == pytest.approx(50.0)
 
 
 # going on
