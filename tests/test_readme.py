@@ -10,7 +10,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from geomreg import regularizers
+from geomreg import Embeddings, regularizers
 from geomreg.integrations.open_clip import embed
 
 README = Path(__file__).parents[1] / "README.md"
@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_loop_runs_and_moves_model_and_mean():
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     torch.manual_seed(0)
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
@@ -55,7 +55,7 @@ def test_lean_loop_is_the_plain_one(tmp_path, monkeypatch):
     """The weights after the README's cheap loop are those of its first loop."""
     monkeypatch.chdir(tmp_path)
     ends = []
-    for number in (0, 1):
+    for number in (0, 2):
         torch.manual_seed(0)
         text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
         vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
@@ -88,6 +88,28 @@ def test_lean_loop_is_the_plain_one(tmp_path, monkeypatch):
         exec(compile(code, str(README), "exec"), names)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
+
+
+def test_monitored_loop_stops_when_the_probe_falls():
+    drift, embedded = [], []
+
+    def embed_probe():
+        image = torch.eye(4, 8)[torch.arange(40) % 4]
+        image[: len(drift) // 100] = torch.eye(4, 8)[3]  # one more is wrong after each hundred steps
+        return image, torch.eye(4, 8)
+
+    def train_step(target, reference):
+        drift.append(target)
+        embedded.append(Embeddings(F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(4, 8), dim=1)))
+        return embedded[-1], Embeddings(*(value + 0.01 for value in embedded[-1]))
+
+    names = {"embed_probe": embed_probe, "labels": torch.arange(40) % 4, "train_step": train_step}
+    names |= {"target_loader": range(1000), "reference_loader": range(1000), "print": lambda report: reports.append(report)}
+    reports = []
+    exec(compile(blocks("python")[1], str(README), "exec"), names)
+    assert len(drift) == 100  # 2.5 points in 40
+    assert reports[0]["probe/zero_shot_drop"] == 2.5
+    assert {"image/rsa", "image/rsa_bound", "image/mean_shift"} <= reports[0].keys()
 
 
 def test_table_of_costs_is_what_was_recorded():

@@ -26,7 +26,7 @@ class RunMonitor:
     Args:
         current: the model as it is now, whole; called on all processes.
         dataset: labelled, with ``templates``; a random part of it, the same each time, is the probe.
-        tokens: ``(T, C, L)`` token ids of its classes.
+        tokens: ``(T, C, L)`` token ids of its classes, of which the first template is used.
         options: how.
         folder: of the run.
         accelerator: of the run.
@@ -47,13 +47,14 @@ class RunMonitor:
         *,
         workers: int = 0,
     ) -> None:
-        self.current, self.tokens, self.options, self.accelerator = current, tokens, options, accelerator
+        self.current, self.options, self.accelerator = current, options, accelerator
         self.file = folder / "drift.jsonl"
         rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: options.samples].sort().values
         loader = DataLoader(Subset(dataset, rows.tolist()), 64, num_workers=workers, collate_fn=collate, generator=torch.Generator())
         batches = [batch for batch in loader if batch["id"]]
         if sum(len(batch["id"]) for batch in batches) < 3:
             raise RuntimeError("monitor: expected at least 3 samples of the probe that can be read, got fewer. Look at the data set.")
+        self.tokens = tokens[:1]  # one template: those of all classes in 80 would cost more than many steps
         self.images, self.labels = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
         self.model = current()
         limits = {"max_zero_shot_drop": options.max_zero_shot_drop, "min_rsa": options.min_rsa}

@@ -1,6 +1,7 @@
 """Training with weights, gradients and optimizer state spread over the processes (FSDP2)."""
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -59,9 +60,12 @@ class Sharded:
 
     Raises:
         ValueError: fp16, whose gradient scaling does not know whole and sharded weights together.
+        RuntimeError: an older torch.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, terms: Sequence[WeightedSum | None] = ()) -> None:
+        if "ignored_params" not in inspect.signature(fully_shard).parameters:
+            raise RuntimeError(f"finetune: expected torch 2.7 or newer for sharded training, got {torch.__version__}. Update it.")
         if accelerator.mixed_precision == "fp16":
             raise ValueError("finetune: expected precision bf16 or no for sharded training, got fp16. Use bf16.")
         given = [one for one in terms if one is not None]
