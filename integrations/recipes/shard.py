@@ -197,7 +197,7 @@ class _ShardedAnchor(WeightAnchor):
             if leaf.grad is not None:
                 value = self.live[name]
                 if value.grad is None:
-                    value.grad = torch.zeroslike(value)
+                    value.grad = torch.zeros_like(value)
                 _local(value.grad).add_(leaf.grad, alpha=1 / dist.get_world_size())
                 leaf.grad = None
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from geomreg import AverageVectorLoss, DiVE, Embeddings, ProjectionOrthogonality, Teacher, WeightAnchor, WeightedSum, backward
 from geomreg.integrations.open_clip import embed
-from geomreg.integrations.recipes import checkpoint
+from geomreg.integrations.recipes import checkpoint, shard
 from geomreg.integrations.recipes.models import Lora, ModelConfig, freeze
 from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.train import Checkpoints, RunStoppedError, Settings, encode, finetune
@@ -300,3 +300,15 @@ def test_what_is_refused(monkeypatch):
         check_launch(accelerator)
     with pytest.raises(ValueError, match="expected a launch without accelerate's FSDP, got one with it"):
         finetune(model(), batches(1, 6, 0, 1), SETTINGS, accelerator=accelerator)
+
+
+def test_anchor_of_a_weight_that_nothing_else_moves(monkeypatch):
+    """Its gradient is that of the anchor, averaged as FSDP averages."""
+    monkeypatch.setattr(shard.dist, "get_world_size", lambda: 2)
+    anchor = object.__new__(shard._ShardedAnchor)
+    nn.Module.__init__(anchor)
+    anchor.live, anchor.leaves = {"w": nn.Parameter(torch.ones(3))}, {"w": torch.ones(3, requires_grad=True)}
+    (2 * anchor.leaves["w"].sum()).backward()
+    anchor.add_gradients()
+    assert anchor.live["w"].grad.tolist() == [1.0, 1.0, 1.0]
+    assert anchor.leaves["w"].grad is None
