@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from geomreg.checks import check_count, check_positive
 
 __all__ = ["Lora", "Model", "ModelConfig", "clamp_logit_scale", "compile_blocks", "freeze", "load", "merge_adapters", "model_folder"]
 
-ADAPTED = ("c_fc", "c_proj")  # the MLP layers of open_clip's transformers
+ADAPTED = ("c_fc", "c_proj", "fc1", "fc2")  # the MLP layers of open_clip's transformers, and of timm's
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.max_logit_scale is not None:
             check_positive("ModelConfig", "max_logit_scale", self.max_logit_scale)
+            if self.max_logit_scale < 1:
+                raise ValueError(f"ModelConfig: expected max_logit_scale of at least 1, got {self.max_logit_scale}. CLIP's is 100.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         crop: scale of the random crops in training; FLYP's.
 
     Raises:
-        ValueError: an unknown name, no weights, or weights beside a folder.
+        ValueError: an unknown name, no weights, or weights beside a folder; a damaged configuration.
+        RuntimeError: damaged weights.
     """
     folder = model_folder() if name == "emojiclip" else Path(name)
     if folder.is_dir():
@@ -110,7 +114,12 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         if not (folder / "open_clip_config.json").is_file():
             raise ValueError(f"load: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
         name = f"local-dir:{folder}"
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        try:
+            config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"load: expected open_clip_config.json with model_cfg in {folder}, got {error}. Export the model anew."
+            ) from error
     elif name.startswith("hf-hub:"):
         config = open_clip.get_model_config(name)
     elif name not in open_clip.list_models():
@@ -124,9 +133,14 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         config = open_clip.get_model_config(name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model, train_transform, transform = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, output_dict=True, aug_cfg={"scale": crop}
-        )
+        try:
+            model, train_transform, transform = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained, output_dict=True, aug_cfg={"scale": crop}
+            )
+        except SafetensorError as error:
+            raise RuntimeError(
+                f"load: expected whole weights of {pretrained or name}, got a damaged file ({error}). Copy it anew."
+            ) from error
     if any("QuickGELU" in str(one.message) for one in caught):
         raise ValueError(
             f"load: expected the activation that the weights {pretrained!r} were trained with, got {name}'s. Use the model "
@@ -143,10 +157,11 @@ def freeze(model: nn.Module, config: ModelConfig) -> nn.Module:
     """Freeze what the configuration says, or add adapters; in place.
 
     Raises:
-        ValueError: a prefix without parameters, adapters on attention, nothing left to train.
+        ValueError: a prefix without parameters, adapters on attention or on one tower alone while the other is not frozen, nothing left
+            to train.
     """
     if config.lora is not None:
-        _add_adapters(model, config.lora)
+        _add_adapters(model, config.lora, config.frozen)
     for part in config.frozen:
         found = [value for name, value in model.named_parameters() if _belongs(name, part)]
         if not found:
@@ -173,13 +188,19 @@ def _belongs(name: str, part: str) -> bool:
     return name == part or name.startswith(part.rstrip(".") + ".")
 
 
-def _add_adapters(model: nn.Module, lora: Lora) -> None:
+def _add_adapters(model: nn.Module, lora: Lora, frozen: tuple[str, ...]) -> None:
     import peft
 
     names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in lora.layers]
     modules = dict(model.named_modules())
     if not names:
         raise ValueError(f"freeze: expected layers named {', '.join(lora.layers)} for adapters, got none. See model.named_modules().")
+    for tower in ("image", "text"):
+        if tower not in frozen and not any(_belongs(name, tower) for name in names):
+            raise ValueError(
+                f"freeze: expected layers for adapters in both towers, got none named {', '.join(lora.layers)} in the {tower} tower, which "
+                f"would not be trained. Add names to model.lora.layers, or {tower} to model.frozen."
+            )
     for name in names:
         if isinstance(modules[name], nn.MultiheadAttention) or ".attn." in f".{name}.":
             owner = name.rpartition(".")[0]

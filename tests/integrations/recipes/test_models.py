@@ -55,6 +55,13 @@ def test_load_from_a_folder(tmp_path):
     assert loaded.tokenizer(["a text"]).shape == (1, 10)
     with pytest.raises(ValueError, match="expected no pretrained weights beside the folder"):
         load(str(tmp_path / "model"), "openai")
+    file = tmp_path / "model" / "open_clip_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RuntimeError, match=r"load: expected whole weights of local-dir:.*, got a damaged file"):
+        load(str(tmp_path / "model"))
+    (tmp_path / "model" / "open_clip_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"load: expected open_clip_config.json with model_cfg in .*, got Expecting"):
+        load(str(tmp_path / "model"))
 
 
 def test_load_by_name_and_file(tmp_path):
@@ -127,6 +134,29 @@ def test_adapters():
     for layers, message in ((("out_proj",), "expected adapters on layers where they are exact"), (("fc9",), "expected layers named fc9")):
         with pytest.raises(ValueError, match=message):
             freeze(model(), ModelConfig("m", lora=Lora(layers=layers)))
+    one_tower = Lora(rank=2, layers=("conv1",))
+    with pytest.raises(ValueError, match="expected layers for adapters in both towers, got none named conv1 in the text tower"):
+        freeze(model(), ModelConfig("m", lora=one_tower))
+    names = trained(freeze(model(), ModelConfig("m", lora=one_tower, frozen=("text",), logit_scale="frozen")))
+    assert {name.partition(".lora_")[0] for name in names} == {"visual.conv1"}
+
+
+def test_adapters_in_towers_of_timm():
+    loaded = load("emojiclip")
+    batch = {"image": torch.randn(4, 3, *loaded.model.visual.image_size), "text": loaded.tokenizer(["an owl", "a fox", "a cat", "a hat"])}
+    plain = encode(loaded.model, batch)
+    student = freeze(loaded.model, ModelConfig("m", lora=Lora(rank=2), logit_scale="frozen"))
+    with torch.no_grad():
+        for name, value in student.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.5)
+    for found, expected in zip(encode(student, batch), plain, strict=True):
+        assert (found - expected).norm() > 0.01
+    for found, expected in zip(Teacher.adapters_off(student, encode)(batch), plain, strict=True):
+        assert torch.equal(found, expected)
+    before = encode(student, batch)
+    for found, expected in zip(encode(merge_adapters(student), batch), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_clamping():
@@ -138,6 +168,8 @@ def test_clamping():
     one.logit_scale.data.fill_(-2.0)
     clamp_logit_scale(one, 10.0)
     assert one.logit_scale.item() == 0
+    with pytest.raises(ValueError, match=r"expected max_logit_scale of at least 1, got 0\.5"):
+        ModelConfig("m", max_logit_scale=0.5)
 
 
 # exports
