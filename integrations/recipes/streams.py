@@ -146,11 +146,15 @@ def bank_of_texts(stream: Stream, teacher: Teacher, accelerator: Accelerator) ->
 
 
 def bank_of_contexts(tokens: Tensor, teacher: Teacher, accelerator: Accelerator) -> Banks:
-    """At each step the K contexts of ``(K, C, L)`` token ids, embedded once by the teacher (CAR-FT, arXiv 2211.16175)."""
+    """At each step the K contexts of ``(K, C, L)`` token ids, embedded by the teacher: once, if it stays (CAR-FT, arXiv 2211.16175)."""
+
+    def contexts() -> Tensor:
+        with accelerator.autocast():
+            return context_embeddings(torch.stack([teacher({"text": one.to(accelerator.device)}).text for one in tokens]))
 
     def from_number(start: int) -> Iterator[Tensor]:
-        with accelerator.autocast():
-            texts = torch.stack([teacher({"text": one.to(accelerator.device)}).text for one in tokens])
-        yield from itertools.repeat(context_embeddings(texts))
+        while teacher.state_dict():  # an average, which moves: a resumed run would see others than those of its start
+            yield contexts()
+        yield from itertools.repeat(contexts())
 
     return from_number

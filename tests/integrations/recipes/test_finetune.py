@@ -633,6 +633,31 @@ def test_other_configuration_is_refused(data, tmp_path):
     finetune_from(config(data, tmp_path / "run"))  # nothing left to do
 
 
+def test_contexts_of_an_averaged_teacher_move_with_it(data, tmp_path, monkeypatch, vit):
+    """And are the same after a kill."""
+    term = {"context": TermConfig("ContextKL", 10.0)}
+    options = {"target_terms": term, "loss": "classification", "head": "text_encoder", "bank": "contexts", "teacher": "averaged"}
+    changes = {"kind": "folder", "method": MethodConfig("m", teacher_decay=0.5, **options), "model": ModelConfig(str(vit(False)))}
+    changes |= {"save_every": 1, "learning_rate": 1e-2}
+    one = config(data, tmp_path / "run", **changes)
+    templates = {"templates": ["a {}.", "the {}.", "my big {}."]}
+    one = dataclasses.replace(one, target=dataclasses.replace(one.target, options=templates))
+    whole = finetune_from(dataclasses.replace(one, output=tmp_path / "whole"))
+    add = records.Log.add
+
+    def dying(log, entry):
+        add(log, entry)
+        if entry["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(records.Log, "add", dying)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_from(one)
+    assert torch.equal(weights(finetune_from(one)), weights(whole))
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
 # the monitor
 
 
