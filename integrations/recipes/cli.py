@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"geomreg: expected the quickstart's packages, got no {error.name}. Run pip install 'geomreg[quickstart]'.", file=sys.stderr)
         return 2
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        print(f"geomreg: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # of a loading process: what it raised is at the end
+            message = message.rpartition(f"\n{type(error).__name__}: ")[2]
+        print(f"geomreg: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 
@@ -34,16 +37,17 @@ def _run(arguments: list[str]) -> int:
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             line = " ".join(str(message).split())
-            unknown = re.search(r"--([A-Za-z_.]+)", line)
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(f"--{unknown.group(1)}", known, n=1) if unknown else []
-            hint = f" Did you mean {near[0]}?" if near and f"--{unknown.group(1) if unknown else ''}" not in known else " See --help."
+            unknown = re.search(r"(?:(--)|[Oo]ption ')([A-Za-z_.]+)", line)  # on the command line, in a file
+            dashes, name = ("", "") if unknown is None else (unknown[1] or "", unknown[2])
+            known = [option.removeprefix("--") for action in self._actions for option in action.option_strings] if dashes else in_files
+            near = difflib.get_close_matches(name, known, n=1) if name not in known else []
+            hint = f" Did you mean {dashes}{near[0]}?" if near else " See --help."
             print(f"geomreg: {line.rstrip('.')}.{hint}", file=sys.stderr)
             raise SystemExit(2)
 
     from geomreg.integrations.quickstart.run import Options as QuickstartOptions
     from geomreg.integrations.quickstart.run import quickstart
-    from geomreg.integrations.recipes.config import Config
+    from geomreg.integrations.recipes.config import Config, DataConfig, TermConfig
     from geomreg.integrations.recipes.embed import Options as EmbedOptions
     from geomreg.integrations.recipes.embed import embed_data
     from geomreg.integrations.recipes.ensemble import EnsembleOptions, ensemble
@@ -57,6 +61,7 @@ def _run(arguments: list[str]) -> int:
         "retrieve": (retrieve, RetrieveOptions, "the samples of a pool that are nearest to your data, by two caches (ARF)"),
         "embed": (embed_data, EmbedOptions, "a cache of a frozen model's embeddings, for Teacher.cached"),
     }
+    in_files = [field.name for entry in (DataConfig, TermConfig) for field in dataclasses.fields(entry)]  # of entries by name
     parser = Parser(prog="geomreg", description="Fine-tune embedding models without losing their geometry.")
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, (command, options, summary) in commands.items():
@@ -65,6 +70,8 @@ def _run(arguments: list[str]) -> int:
             sub.add_argument("--config", action="config", help="YAML file with some of the options; several add up, later ones win")
         sub.add_class_arguments(options, as_group=False)
         subcommands.add_subcommand(name, sub, help=summary)
+        if options is Config:
+            in_files += [option.removeprefix("--") for action in sub._actions for option in action.option_strings]
     values = parser.instantiate(parser.parse_args(_with_shipped_files(arguments)))
     command, options, _ = commands[values.command]
     given = vars(values[values.command])
@@ -77,7 +84,8 @@ def _with_shipped_files(arguments: list[str]) -> list[str]:
     folder = Path(__file__).parent / "configs"
     shipped = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     found = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
+    split = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
+    for before, argument in zip(["", *split], split, strict=False):
         if before == "--config" and not Path(argument).is_file():  # data/imagenet may well be a folder too
             if argument not in shipped:
                 near = difflib.get_close_matches(argument, shipped, n=1)

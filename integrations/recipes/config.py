@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from geomreg.checks import check_count, check_fraction, check_weight
+from geomreg.checks import check_count, check_fraction, check_positive, check_weight
 from geomreg.integrations.recipes.data import (
     CocoCaptions,
     CsvPairs,
@@ -199,8 +199,16 @@ class TrainConfig:
         for option in ("epochs", "steps", "reference_batch_size", "evaluate_every"):
             if getattr(self, option) is not None:
                 check_count("TrainConfig", option, getattr(self, option), 1)
-        for option, least in (("batch_size", 1), ("save_every", 1), ("seed", 0), ("workers", 0)):
+        for option, least in (("batch_size", 1), ("warmup_steps", 0), ("save_every", 1), ("seed", 0), ("workers", 0)):
             check_count("TrainConfig", option, getattr(self, option), least)
+        for option in ("learning_rate", "weight_decay"):
+            check_weight("TrainConfig", option, getattr(self, option))
+        if self.clip_norm is not None:
+            check_positive("TrainConfig", "clip_norm", self.clip_norm)
+        for value in self.betas:
+            check_fraction("TrainConfig", "betas", value, below_one=True)
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"TrainConfig: expected crop as two shares of the area in (0, 1], ascending, got {list(self.crop)}. Mend it.")
 
 
 @dataclass(frozen=True)
@@ -283,6 +291,7 @@ class Config:
                 raise ValueError(f"Config: expected labelled data for {name}, got {data.kind}. Use {', '.join(LABELLED)}.")
         if self.method.loss == "classification" and self.target.kind not in (known := (*LABELLED, "csv")):
             raise ValueError(f"Config: expected classes as target of {self.method.name}, got {self.target.kind}. Use {', '.join(known)}.")
+        _check_unused(self)
         if self.target.kind not in READERS:
             raise ValueError(f"Config: expected files as target, got {self.target.kind}. Use one of {', '.join(READERS)}.")
         if bool(self.method.caption_weight) != (self.target.captions is not None):
@@ -294,6 +303,17 @@ class Config:
             raise ValueError(f"Config: expected best as the name of an evaluation, got {self.best!r}. There are {known}.")
         if self.method.teacher == "adapters_off" and self.model.lora is None:
             raise ValueError("Config: expected model.lora with method.teacher=adapters_off, got none. Set it, or use teacher=frozen.")
+
+
+def _check_unused(config: Config) -> None:
+    """No option of a data set that nothing would look at."""
+    others = {"reference": config.reference, "texts": config.texts, "probe": config.probe}
+    others |= {f"evaluation.{name}": data for name, data in config.evaluation.items()}
+    for name, data in {"target": config.target, **others}.items():
+        if data is not None and data.modalities is not None and name not in ("reference", "texts"):
+            raise ValueError(f"Config: expected modalities of reference data alone, got {name}.modalities. Leave it out.")
+        if data is not None and data.captions is not None and name != "target":
+            raise ValueError(f"Config: expected captions of the target alone, got {name}.captions. Leave it out.")
 
 
 def check_options(name: str, options: Mapping[str, Any], owner: type[Any], reserved: tuple[str, ...] = ()) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 import inspect
 import json
 import os
@@ -33,7 +34,7 @@ from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, l
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
 from geomreg.integrations.recipes.monitor import RunMonitor
-from geomreg.integrations.recipes.records import Log, check_trackers, claim, whole_lines
+from geomreg.integrations.recipes.records import Log, check_folder, check_trackers, claim, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, read, reference_of
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
@@ -44,6 +45,7 @@ from geomreg.types import Embeddings
 
 __all__ = ["check_needs", "finetune_from", "regularizer_of"]
 
+_ON_PARAMETERS = (WeightAnchor, ProjectionOrthogonality)  # terms that look at no embeddings
 HIGH_RATE = 3.0  # times the highest usual learning rate of a model: worth a warning
 
 
@@ -69,15 +71,17 @@ def finetune_from(config: Config) -> Path:
         project_dir=str(config.output),
     )
     check_launch(accelerator)
+    if not config.dry_run:
+        check_folder(config)  # before the costly parts
     set_seed(config.train.seed)  # adapters start at random
     run = _Run(config, accelerator)
+    evaluation = _Evaluation(run)
+    monitor = _monitor(run)
     if config.dry_run:
         _try(run)
         return config.output
     claim(config, accelerator)
     log = Log(config, run.settings.steps, accelerator)
-    evaluation = _Evaluation(run)
-    monitor = _monitor(run)
 
     def on_step(entry: dict[str, float]) -> None:
         clamp_logit_scale(run.model, config.model.max_logit_scale)
@@ -103,7 +107,8 @@ def finetune_from(config: Config) -> Path:
             if monitor is None or monitor.last_step is None:  # on every process, from the file
                 raise
             evaluation.after(monitor.last_step, last=True)
-    log.end()
+        finally:
+            log.end()
     if accelerator.is_main_process:
         run.export(config.output / "model")
         if config.ensemble is not None:
@@ -189,7 +194,8 @@ class _Run:
         start = zero_shot_classifier(self.model, tokens)
         found = copy.deepcopy(start)
         if method.head == "linear_probe" and checkpoint.latest(self.checkpoints) is None:  # it is in the checkpoints
-            dataset = read(self.config.target, self.loaded, transform=self.loaded.transform, modalities=("image",), labelled=True)
+            options = {"transform": self.loaded.transform, "modalities": ("image",), "strict": self.config.strict}
+            dataset = read(self.config.target, self.loaded, labelled=True, **options)
             self.model.to(self.accelerator.device)
             limit = 256 if self.config.dry_run else None
             found = linear_probe(self.model, dataset, start, self.accelerator, workers=self.config.train.workers, limit=limit)
@@ -295,9 +301,12 @@ def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> Weighte
     built = {}
     for name, config in terms.items():
         owner = getattr(geomreg.regularizers, config.term, None)
-        if not (inspect.isclass(owner) and issubclass(owner, nn.Module)):
-            known = [key for key in geomreg.regularizers.__all__ if inspect.isclass(getattr(geomreg.regularizers, key))]
-            raise ValueError(f"{name}: expected the name of a regularizer, got {config.term!r}. There are {', '.join(known)}.")
+        if not _is_term(owner):
+            known = [key for key in geomreg.regularizers.__all__ if _is_term(getattr(geomreg.regularizers, key))]
+            folded = {key.casefold(): key for key in known}
+            near = difflib.get_close_matches(config.term.casefold(), folded, n=1)
+            hint = f"Did you mean {folded[near[0]]!r}?" if near else f"There are {', '.join(known)}."
+            raise ValueError(f"{name}: expected the name of a regularizer, got {config.term!r}. {hint}")
         given: tuple[Any, ...] = ()
         if config.term == "WeightAnchor":
             given = (model,)
@@ -316,8 +325,12 @@ def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> Weighte
     return WeightedSum(**built)
 
 
+def _is_term(owner: object) -> bool:
+    return inspect.isclass(owner) and issubclass(owner, nn.Module)
+
+
 def check_needs(role: str, regularizer: WeightedSum | None, modalities: tuple[str, ...], model: nn.Module) -> None:
-    """Every term can be computed from batches of these modalities: each is tried on a few random vectors.
+    """Every term can be computed from batches of these modalities, and moves what is trained: each is tried on a few random vectors.
 
     Raises:
         ValueError: what a term lacks.
@@ -325,23 +338,33 @@ def check_needs(role: str, regularizer: WeightedSum | None, modalities: tuple[st
     if regularizer is None:
         return
     vectors = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    seen = Embeddings(**dict.fromkeys(modalities, vectors))
+    names = [name for name, value in model.named_parameters() if value.requires_grad and not name.startswith("logit_")]
+    trained = {"image": any(name.startswith("visual.") for name in names), "text": any(not name.startswith("visual.") for name in names)}
+    student = Embeddings(**{modality: vectors.clone().requires_grad_(trained[modality]) for modality in modalities})
+    frozen = Embeddings(**dict.fromkeys(modalities, vectors))
+    if role == "reference" and all(isinstance(term, _ON_PARAMETERS) for term in regularizer.regularizers.values()):
+        names = ", ".join(regularizer.regularizers)
+        raise ValueError(f"finetune: expected terms on reference data, got only such on weights ({names}). Make them method.target_terms.")
     inputs = {"logit_scale": torch.tensor(10.0), "logit_bias": getattr(model, "logit_bias", None), "texts": vectors}
     for name, term in regularizer.regularizers.items():
-        if isinstance(term, (WeightAnchor, ProjectionOrthogonality)):
+        if isinstance(term, _ON_PARAMETERS):
             continue
         training, needed = term.training, getattr(term, "inputs", ())
         if "logit_bias" in needed and inputs["logit_bias"] is None:
             raise ValueError(f"{name}: expected a model with a logit bias for form=sigmoid, got one without. Use form=softmax.")
         try:
-            with torch.no_grad():
-                term.eval()(seen, seen, **{key: inputs[key] for key in needed})  # in evaluation mode nothing is collected
+            value = term.eval()(student, frozen, **{key: inputs[key] for key in needed})  # in evaluation mode nothing is collected
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"finetune: expected {role} data that the term {name} can use, got {' and '.join(modalities)} alone ({error})"
             ) from error
         finally:
             term.train(training)
+        if not value.requires_grad:
+            raise ValueError(
+                f"finetune: expected {role} data through which the term {name} moves what is trained, got {' and '.join(modalities)} of "
+                "frozen towers. Use other data, or train the tower."
+            )
 
 
 class _Evaluation:

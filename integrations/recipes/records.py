@@ -18,29 +18,47 @@ from tqdm import tqdm
 from geomreg.integrations.recipes.config import Config
 from geomreg.shards import write_file
 
-__all__ = ["Log", "check_trackers", "claim", "whole_lines"]
+__all__ = ["Log", "check_folder", "check_trackers", "claim", "whole_lines"]
 
 
-def claim(config: Config, accelerator: Accelerator) -> None:
-    """The run's folder, for this configuration alone."""
-    resolved = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    del resolved["dry_run"]
+def check_folder(config: Config) -> None:
+    """The run's folder is new, or of a run of this configuration; it may have been moved.
+
+    Raises:
+        FileExistsError: it is a file.
+        ValueError: a run of another configuration.
+    """
+    if config.output.exists() and not config.output.is_dir():
+        raise FileExistsError(f"finetune: expected output as a folder, got the file {config.output}. Choose another.")
     file = config.output / "config.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        if differing := _differing(before, resolved):
+        if differing := _differing({**before, "output": str(config.output)}, _resolved(config)):
             name, old, new = differing
             raise ValueError(
                 f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. Use the same configuration, or "
                 "another output folder."
             )
+
+
+def claim(config: Config, accelerator: Accelerator) -> None:
+    """Write what the run is into its folder, if it is new; all processes have called :func:`check_folder`."""
+    file = config.output / "config.json"
+    if file.is_file():
         return
     accelerator.wait_for_everyone()  # no process writes before all have looked
     if accelerator.is_main_process:
         config.output.mkdir(parents=True, exist_ok=True)
         write_file(config.output / "environment.json", (json.dumps(_environment(), indent=1) + "\n").encode())
-        write_file(file, (json.dumps(resolved, indent=1) + "\n").encode())
+        write_file(file, (json.dumps(_resolved(config), indent=1) + "\n").encode())
     accelerator.wait_for_everyone()
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    """As it is written."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    del found["dry_run"]
+    return found
 
 
 def _differing(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -350,6 +351,12 @@ def test_the_target_as_reference_is_seen_without_crops(data, tmp_path):
         (MethodConfig("m", {"r": TermConfig("ContrastiveReplay", 1.0, {"form": "sigmoid"})}), {}, r"r: expected a model with a logit bias"),
         (MethodConfig("m", target_terms=ENERGY, bank="contexts"), {"kind": "csv"}, r"expected labelled target data for bank=contexts"),
         (MethodConfig("m", {"p": TermConfig("ProjectionOrthogonality", 1.0)}), {}, r"p: expected a CLIP with linear projections"),
+        (MethodConfig("m", {"w": TermConfig("WeightAnchor", 1.0)}), {}, r"got only such on weights \(w\)\. Make them method.target_terms"),
+        (
+            dataclasses.replace(HEAD, terms={"f": TermConfig("FeatureDistillation", 1.0)}),
+            {"reference": ("text",)},
+            r"through which the term f moves what is trained, got text of frozen towers",
+        ),
     ],
 )
 def test_what_a_term_lacks_is_said_before_training(data, tmp_path, method, changes, message):
@@ -626,13 +633,6 @@ def test_killed_and_resumed_is_bitwise_the_same(data, tmp_path):
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
 
 
-def test_other_configuration_is_refused(data, tmp_path):
-    finetune_from(config(data, tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"to go on with train.learning_rate 0.0001, got 0.0002"):
-        finetune_from(config(data, tmp_path / "run", learning_rate=2e-4))
-    finetune_from(config(data, tmp_path / "run"))  # nothing left to do
-
-
 def test_contexts_of_an_averaged_teacher_move_with_it(data, tmp_path, monkeypatch, vit):
     """And are the same after a kill."""
     term = {"context": TermConfig("ContextKL", 10.0)}
@@ -656,6 +656,13 @@ def test_contexts_of_an_averaged_teacher_move_with_it(data, tmp_path, monkeypatc
             finetune_from(one)
     assert torch.equal(weights(finetune_from(one)), weights(whole))
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+def test_other_configuration_is_refused(data, tmp_path):
+    finetune_from(config(data, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"to go on with train.learning_rate 0.0001, got 0.0002"):
+        finetune_from(config(data, tmp_path / "run", learning_rate=2e-4))
+    finetune_from(config(data, tmp_path / "run"))  # nothing left to do
 
 
 # the monitor
@@ -709,7 +716,7 @@ def test_alarm_ends_the_run(data, tmp_path, capsys, stop):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_samples(data, tmp_path, workers):
+def test_broken_samples(data, tmp_path, workers, capsys):
     broken = tmp_path / "data"
     shutil.copytree(data, broken)
     (broken / "classes" / "owl" / "0.png").write_bytes(b"x")
@@ -717,6 +724,13 @@ def test_broken_samples(data, tmp_path, workers):
     assert "0.png: not an image" in (tmp_path / "run" / "broken.txt").read_text()
     with pytest.raises(ValueError, match=r"LabelledFolder: expected an image, got .*0.png: not an image that PIL knows"):
         finetune_from(dataclasses.replace(config(broken, tmp_path / "strict", steps=8, kind="folder", workers=workers), strict=True))
+    with pytest.raises(ValueError, match=r"LabelledFolder: expected an image, got .*0.png: not an image that PIL knows"):
+        finetune_from(dataclasses.replace(config(broken, tmp_path / "probe", kind="folder", workers=workers, method=PROBE), strict=True))
+    assert not (tmp_path / "probe").exists()  # already the linear probe is strict
+    given = ["--model.name", "emojiclip", "--target.kind", "folder", "--target.path", str(broken / "classes"), "--strict", "true"]
+    given += ["--train.steps", "8", "--train.batch_size", "8", "--train.workers", str(workers), "--device", "cpu"]
+    assert main(["finetune", *given, "--output", str(tmp_path / "command")]) == 2
+    assert re.search(r"^geomreg: LabelledFolder: expected an image, got \S*0.png: not an image", capsys.readouterr().err, re.MULTILINE)
     for row in range(2, 20, 2):
         (broken / "classes" / "owl" / f"{row}.png").write_bytes(b"x")
     with pytest.raises(RuntimeError, match="expected at most 1% of the samples to be broken, got"):
@@ -727,11 +741,22 @@ def test_broken_samples(data, tmp_path, workers):
     ("arguments", "message"),
     [
         (["--config", "method/divee"], "got 'method/divee'. Did you mean method/dive"),
+        (["--config=method/divee"], "got 'method/divee'. Did you mean method/dive"),
         (["--trian.steps", "3"], "Did you mean --train.steps"),
+        (["--train.learning_rate", "-1"], "expected learning_rate as a finite number >= 0, got -1.0"),
+        (["--train.clip_norm", "0"], "expected clip_norm as a finite number > 0, got 0.0"),
+        (["--train.warmup_steps", "-1"], "expected warmup_steps as a whole number >= 0, got -1"),
+        (["--train.betas", "[0.9, 1.0]"], "expected betas between 0 and 1, got 1.0"),
+        (["--train.crop", "[0.9, 1.2]"], "expected crop as two shares of the area in (0, 1], ascending, got [0.9, 1.2]"),
+        (["--target.modalities", "[image]"], "expected modalities of reference data alone, got target.modalities"),
+        (["--texts", '{"kind": "csv", "path": "x", "captions": "y"}'], "expected captions of the target alone, got texts.captions"),
+        (["--evaluation", '{"id": {"kind": "folder", "path": "nowhere"}}'], "expected a folder of class folders, got none at"),
+        (["--probe", '{"kind": "folder", "path": "nowhere"}'], "expected a folder of class folders, got none at"),
         (["--target.kind", "cvs"], "cvs"),
         (["--train.epochs", "3"], "expected epochs or steps, got both"),
         (["--config", "method/dive"], "got terms without reference data"),
-        (["--method.terms", '{"d": {"term": "Dive", "weight": 1}}'], "Dive"),
+        (["--method.terms", '{"d": {"term": "Dive", "weight": 1}}'], "got 'Dive'. Did you mean 'DiVE'"),
+        (["--method.terms", '{"d": {"term": "WeightAnchor", "weight": 1}}'], "got only such on weights (d). Make them method.target_terms"),
         (["--model.name", "ViT-B-61"], "Did you mean 'ViT-B-16'"),
         (["--target.options", '{"captionkey": "title"}'], "got 'captionkey'. Did you mean 'caption_key'"),
         (["--best", "id"], "expected best as the name of an evaluation, got 'id'. There are none"),
@@ -741,7 +766,7 @@ def test_broken_samples(data, tmp_path, workers):
 )
 def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
     given = ["--model.name", str(model_folder()), "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "1"]
-    given += ["--train.workers", "0", "--output", str(tmp_path / "run"), "--device", "cpu"]
+    given += ["--train.workers", "0", "--train.batch_size", "8", "--output", str(tmp_path / "run"), "--device", "cpu"]
     if "--method.terms" in arguments:
         given += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
     with contextlib.suppress(SystemExit):  # of the parser
@@ -750,3 +775,37 @@ def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
     assert message in error
     assert error.strip().count("\n") == 0
     assert not (tmp_path / "run").exists()  # so that the mended command can use it
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": {"lerning_rate": 1.0}}, "Did you mean train.learning_rate?"),
+        ({"trian": {"learning_rate": 1.0}}, "Did you mean train.learning_rate?"),
+        ({"method": {"terms": {"d": {"term": "DiVE", "wieght": 1}}}}, "Did you mean weight?"),
+    ],
+)
+def test_unknown_keys_of_files(data, tmp_path, capsys, content, message):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    given = ["--model.name", "emojiclip", "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "1"]
+    with pytest.raises(SystemExit):
+        main(["finetune", *given, "--output", str(tmp_path / "run"), "--config", str(tmp_path / "own.yaml")])
+    assert message in capsys.readouterr().err
+
+
+def test_folders_of_runs(data, tmp_path, monkeypatch):
+    """A file is refused before anything is loaded; a moved run goes on."""
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune_module, "load", None)
+        with pytest.raises(FileExistsError, match="expected output as a folder, got the file"):
+            finetune_from(config(data, tmp_path / "file"))
+    out = finetune_from(config(data, tmp_path / "run"))
+    os.replace(tmp_path / "run", tmp_path / "moved")
+    assert torch.equal(weights(finetune_from(config(data, tmp_path / "moved"))), weights(tmp_path / "moved" / out.name))
+
+
+def test_an_error_ends_the_bar(data, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="expected a finite loss"):
+        finetune_from(config(data, tmp_path / "run", learning_rate=1e9, steps=8))
+    assert capsys.readouterr().err.endswith("\n")  # what follows has a line of its own
