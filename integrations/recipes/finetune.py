@@ -93,8 +93,8 @@ def finetune_from(config: Config) -> Path:
             stream.check_broken(config.output)
 
     with _asked_to_stop() as stop:
-        evaluation.before()
         try:
+            evaluation.before()
             run.train(
                 run.settings,
                 checkpoints=Checkpoints(run.checkpoints, config.train.save_every),
@@ -176,6 +176,12 @@ class _Run:
         shared = {field.name for field in dataclasses.fields(Settings)} & {field.name for field in dataclasses.fields(train)}
         values = {name: getattr(train, name) for name in shared - {"steps"}}
         self.settings = Settings(steps=train.steps or (train.epochs or 0) * self.streams["target"].batches_an_epoch, **values)
+        if self.settings.warmup_steps > self.settings.steps:
+            warnings.warn(
+                f"finetune: the warm-up of {self.settings.warmup_steps} steps does not end in the {self.settings.steps} steps of the run, "
+                f"whose learning rate stays below {train.learning_rate:g}. Lower train.warmup_steps.",
+                stacklevel=3,
+            )
         self.classes = tuple(target.classes) if tokens is not None else ()
         self.loss, self.start = self._loss(method, tokens)
         several = accelerator.num_processes > 1

@@ -108,7 +108,12 @@ class Log:
         if self.tracked:
             environment = json.loads((config.output / "environment.json").read_text(encoding="utf-8"))
             wandb = {"id": environment["run"], "name": config.output.name, "dir": str(config.output), "resume": "allow"}
-            accelerator.init_trackers("geomreg", dict(_flat(dataclasses.asdict(config))), {"wandb": wandb})
+            try:
+                accelerator.init_trackers("geomreg", dict(_flat(dataclasses.asdict(config))), {"wandb": wandb})
+            except Exception as error:  # wandb has its own kinds, for no login say
+                self.bar.close()
+                names = ", ".join(config.trackers)
+                raise RuntimeError(f"finetune: expected {names} to start, got {error} Mend that, or leave the tracker out.") from error
 
     def add(self, entry: dict[str, float]) -> None:
         """One step's numbers."""

@@ -400,6 +400,14 @@ def test_a_high_learning_rate_warns(data, tmp_path):
         finetune_from(dataclasses.replace(config(data, tmp_path / "low", model=model, learning_rate=1e-5, steps=1), ensemble=None))
 
 
+def test_a_warm_up_longer_than_the_run_warns(data, tmp_path):
+    with pytest.warns(UserWarning, match="the warm-up of 5 steps does not end in the 4 steps of the run, whose learning rate stays below"):
+        finetune_from(config(data, tmp_path / "run", warmup_steps=5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        finetune_from(config(data, tmp_path / "other", warmup_steps=4))
+
+
 def test_tensorboard(data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -417,6 +425,15 @@ def test_a_tracker_that_is_not_installed(data, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"expected wandb to be installed for its tracker, got none\. Run pip install wandb"):
         finetune_from(config(data, tmp_path / "run", trackers=("wandb",)))
+
+
+def test_a_tracker_that_does_not_start(data, tmp_path, monkeypatch):
+    def broken(*args):
+        raise KeyError("no login.")
+
+    monkeypatch.setattr(finetune_module.Accelerator, "init_trackers", broken)
+    with pytest.raises(RuntimeError, match=r"expected tensorboard to start, got 'no login\.' Mend that"):
+        finetune_from(config(data, tmp_path / "run", trackers=("tensorboard",)))
 
 
 @pytest.fixture
