@@ -12,7 +12,8 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; 0 when done, 2 with one line on standard error when something is wrong, 130 after Ctrl-C."""
+    """Run a subcommand; 0 when done, 2 with one line on standard error when something is wrong, 130 after Ctrl-C, 143 after SIGTERM
+    stopped a run, which goes on when the command is given again."""
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "Original Traceback" in message:  # of a loading process: what it raised is at the end
             message = message.rpartition(f"\n{type(error).__name__}: ")[2]
         print(f"geomreg: {' '.join(message.split())}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)
 
 
 def _run(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from geomreg.integrations.recipes.head import write_head
 
-__all__ = ["to_open_clip", "to_transformers"]
+__all__ = ["check_plain", "to_open_clip", "to_transformers"]
 
 _PLAIN_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
@@ -59,7 +59,7 @@ def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path) -> P
     """
     from transformers import CLIPConfig, CLIPModel
 
-    _check_plain(model, config["model_cfg"])
+    check_plain(model, config["model_cfg"])
     vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
     activation = "quick_gelu" if any(isinstance(module, QuickGELU) for module in model.modules()) else "gelu"
     size = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
@@ -114,7 +114,12 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_plain(model: nn.Module, config: dict[str, Any]) -> None:
+def check_plain(model: nn.Module, config: dict[str, Any]) -> None:
+    """A model that :func:`to_transformers` can write.
+
+    Raises:
+        ValueError: another architecture.
+    """
     reason = None
     if not isinstance(model, CLIP) or not isinstance(getattr(model, "visual", None), VisionTransformer):
         reason = f"{type(model).__name__} with {type(getattr(model, 'visual', None)).__name__}"

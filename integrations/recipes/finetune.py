@@ -13,23 +13,24 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor, nn
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from torch import nn
 
 import geomreg
 from geomreg.cache import EmbeddingCache
 from geomreg.compose import WeightedSum
 from geomreg.integrations.recipes import checkpoint
-from geomreg.integrations.recipes.config import LABELLED, READERS, Config, MethodConfig, TermConfig, check_options
+from geomreg.integrations.recipes.config import LABELLED, READERS, Config, DataConfig, MethodConfig, TermConfig, check_options
 from geomreg.integrations.recipes.ensemble import EnsembleOptions, ensemble
 from geomreg.integrations.recipes.evaluate import evaluate
-from geomreg.integrations.recipes.export import to_open_clip
+from geomreg.integrations.recipes.export import check_plain, to_open_clip, to_transformers
 from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, load_head, take_head, zero_shot_classifier
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
@@ -46,6 +47,7 @@ from geomreg.types import Embeddings
 __all__ = ["check_needs", "finetune_from", "regularizer_of"]
 
 _ON_PARAMETERS = (WeightAnchor, ProjectionOrthogonality)  # terms that look at no embeddings
+WAIT = timedelta(hours=12)  # of the other processes, while the main one evaluates
 HIGH_RATE = 3.0  # times the highest usual learning rate of a model: worth a warning
 
 
@@ -57,7 +59,7 @@ def finetune_from(config: Config) -> Path:
     The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, drift.jsonl if there is
     a probe, broken.txt if samples could not be read, and in open_clip's layout, adapters merged, the final model in ``model``, the best
     in ``best`` and the mixture with the model at the start in ``ensemble``; a trained head is beside the weights, in head.safetensors
-    and classes.json.
+    and classes.json. If asked for, ``transformers`` holds the final model for its CLIPModel.
 
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.
@@ -69,6 +71,7 @@ def finetune_from(config: Config) -> Path:
         mixed_precision=config.train.precision,
         log_with=list(config.trackers) if config.trackers and not config.dry_run else None,
         project_dir=str(config.output),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
     check_launch(accelerator)
     if not config.dry_run:
@@ -84,7 +87,6 @@ def finetune_from(config: Config) -> Path:
     log = Log(config, run.settings.steps, accelerator)
 
     def on_step(entry: dict[str, float]) -> None:
-        clamp_logit_scale(run.model, config.model.max_logit_scale)
         log.add(entry)
         if monitor is not None:
             monitor.after(entry)
@@ -106,11 +108,14 @@ def finetune_from(config: Config) -> Path:
         except RunStoppedError:
             if monitor is None or monitor.last_step is None:  # on every process, from the file
                 raise
+            run.train(run.settings, checkpoints=Checkpoints(run.checkpoints, config.train.save_every), until=monitor.last_step)
             evaluation.after(monitor.last_step, last=True)
         finally:
             log.end()
     if accelerator.is_main_process:
         run.export(config.output / "model")
+        if config.transformers:
+            to_transformers(merge_adapters(copy.deepcopy(run.model)), run.loaded.config, config.output / "transformers")
         if config.ensemble is not None:
             options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
             evaluation.report(ensemble(EnsembleOptions(*options))[0])
@@ -119,15 +124,34 @@ def finetune_from(config: Config) -> Path:
 
 
 class _Run:
-    """Everything that a configuration says, built; the costly parts last."""
+    """Everything that a configuration says, built. The order matters: the teacher is a copy of the model as it comes; terms look at what
+    is frozen and adapted; a head is no part of teacher and terms; shards are cut when all parameters are there."""
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
-        method, train = config.method, config.train
         self.config, self.accelerator = config, accelerator
         self.checkpoints = config.output / "checkpoints"
         _check_learning_rate(config)
-        self.loaded = loaded = load(config.model.name, config.model.pretrained, crop=train.crop)
-        self.model = model = loaded.model
+        self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop)
+        self.model = self.loaded.model
+        if config.transformers:
+            check_plain(self.model, self.loaded.config["model_cfg"])
+        self._build_teacher_and_terms()
+        self._build_streams()
+        self._build_bank()
+        self.settings = self._settings()
+        self.loss, self.start = self._loss(config.method)
+        self.sharded = None
+        if config.train.shard and accelerator.num_processes > 1:
+            self.model.cpu()  # the whole model stays there beside the shards
+            self.sharded = Sharded(self.model, accelerator, (self.regularizer, self.target_regularizer))
+        if config.train.compile:
+            compile_blocks(self.model if self.sharded is None else self.sharded.model)
+            if self.teacher is not None and config.method.teacher == "frozen":
+                compile_blocks(self.teacher.model)
+
+    def _build_teacher_and_terms(self) -> None:
+        """Also freezes, and adds adapters."""
+        config, method, model = self.config, self.config.method, self.model
         described = (method.terms, method.target_terms)
         teacher = Teacher(model, encode) if any(described) and method.teacher == "frozen" else None
         if method.trains_head:
@@ -135,74 +159,85 @@ class _Run:
         else:
             freeze(model, config.model)
         if any(described) and teacher is None:
-            teacher = _teacher(config, loaded)
+            teacher = _teacher(config, self.loaded)
         self.regularizer, self.target_regularizer = (regularizer_of(terms, model) if terms else None for terms in described)
-        of_both = [one for one in (self.regularizer, self.target_regularizer) if one is not None]
-        banked = any("texts" in one.inputs for one in of_both)
-        if method.teacher == "cached" and (banked or (self.target_regularizer is not None and self.target_regularizer.needs_teacher)):
-            what = "embeds a bank of texts" if banked else "sees the augmented target pairs"
+        both = [one for one in (self.regularizer, self.target_regularizer) if one is not None]
+        self.banked = any("texts" in one.inputs for one in both)
+        on_target = self.target_regularizer is not None and self.target_regularizer.needs_teacher
+        if method.teacher == "cached" and (self.banked or on_target):
+            what = "embeds a bank of texts" if self.banked else "sees the augmented target pairs"
             raise ValueError(f"finetune: expected a teacher that {what}, got a cached one. Use teacher=frozen.")
-        self.teacher = teacher if banked or any(one.needs_teacher for one in of_both) else None
+        self.teacher = teacher if self.banked or any(one.needs_teacher for one in both) else None
 
-        def stream(data: Any, size: int, seed: int, modalities: tuple[str, ...], *, shared: bool = True, **options: Any) -> Stream:
-            options = {"transform": loaded.transform, "modalities": modalities, "strict": config.strict, **options}
-            return Stream(data, loaded, accelerator if shared else None, size=size, seed=seed, workers=train.workers, **options)
+    def _stream(
+        self, data: DataConfig, size: int, seed: int, modalities: tuple[str, ...], *, shared: bool = True, **options: Any
+    ) -> Stream:
+        train = self.config.train
+        options = {"transform": self.loaded.transform, "strict": self.config.strict, "workers": train.workers, **options}
+        among = self.accelerator if shared else None
+        return Stream(data, self.loaded, among, size=size, seed=train.seed + seed, modalities=modalities, **options)
 
-        pairs, found = ("image", "text"), reference_of(config)
-        seen = {"target": ("image",) if method.loss == "classification" else pairs}
-        references = train.reference_batch_size or train.batch_size
+    def _build_streams(self) -> None:
+        """Of target and reference, when the terms are known to find in them what they need."""
+        config, train, pairs = self.config, self.config.train, ("image", "text")
+        labelled = config.method.loss == "classification"
+        of_target, found = ("image",) if labelled else pairs, reference_of(config)
+        self.references = train.reference_batch_size or train.batch_size
         if found is not None:
-            seen["reference"] = ("text",) if found.kind == "random_texts" else found.modalities or pairs
-            check_needs("reference", self.regularizer, seen["reference"], model)
-        check_needs("target", self.target_regularizer, seen["target"], model)
-        labelled = method.loss == "classification"
-        options = {"transform": loaded.train_transform, "labelled": labelled}
-        self.streams = {"target": stream(config.target, train.batch_size, train.seed, seen["target"], **options)}
+            of_reference = ("text",) if found.kind == "random_texts" else found.modalities or pairs
+            check_needs("reference", self.regularizer, of_reference, self.model)
+        check_needs("target", self.target_regularizer, of_target, self.model)
+        options = {"transform": self.loaded.train_transform, "labelled": labelled}
+        self.streams = {"target": self._stream(config.target, train.batch_size, 0, of_target, **options)}
         if found is not None:
-            self.streams["reference"] = stream(found, references, train.seed + 1, seen["reference"])
-        target = self.streams["target"].dataset
-        tokens = class_tokens(target, loaded) if labelled or config.target.kind in LABELLED else None
+            self.streams["reference"] = self._stream(found, self.references, 1, of_reference)
+        target, known = self.streams["target"].dataset, labelled or config.target.kind in LABELLED
+        self.tokens = class_tokens(target, self.loaded) if known else None
+        self.classes = tuple(target.classes) if known else ()
+
+    def _build_bank(self) -> None:
+        """Of texts, for terms that take one."""
+        config, method, found = self.config, self.config.method, reference_of(self.config)
         self.texts: Banks | None = None
-        if banked and self.teacher is not None and method.bank == "contexts":
-            if tokens is None:
+        if not self.banked or self.teacher is None:
+            return
+        if method.bank == "contexts":
+            if self.tokens is None:
                 raise ValueError(f"finetune: expected labelled target data for bank=contexts, got {config.target.kind}. Use bank=texts.")
-            self.texts = bank_of_contexts(tokens, self.teacher, accelerator)
-        elif banked and self.teacher is not None:
-            data = config.texts or found
-            if data is None or (data.kind in READERS and data.modalities == ("image",)):
-                raise ValueError("finetune: expected captions for the terms' bank of texts, got none. Set texts, say to kind random_texts.")
-            self.streams["texts"] = stream(data, method.bank_size or references, train.seed + 2, ("text",), shared=False)
-            self.texts = bank_of_texts(self.streams["texts"], self.teacher, accelerator)
+            self.texts = bank_of_contexts(self.tokens, self.teacher, self.accelerator)
+            return
+        data = config.texts or found
+        if data is None or (data.kind in READERS and data.modalities == ("image",)):
+            raise ValueError("finetune: expected captions for the terms' bank of texts, got none. Set texts, say to kind random_texts.")
+        self.streams["texts"] = self._stream(data, method.bank_size or self.references, 2, ("text",), shared=False)
+        self.texts = bank_of_texts(self.streams["texts"], self.teacher, self.accelerator)
+
+    def _settings(self) -> Settings:
+        train = self.config.train
         shared = {field.name for field in dataclasses.fields(Settings)} & {field.name for field in dataclasses.fields(train)}
         values = {name: getattr(train, name) for name in shared - {"steps"}}
-        self.settings = Settings(steps=train.steps or (train.epochs or 0) * self.streams["target"].batches_an_epoch, **values)
-        if self.settings.warmup_steps > self.settings.steps:
+        settings = Settings(steps=train.steps or (train.epochs or 0) * self.streams["target"].batches_an_epoch, **values)
+        if settings.warmup_steps > settings.steps:
             warnings.warn(
-                f"finetune: the warm-up of {self.settings.warmup_steps} steps does not end in the {self.settings.steps} steps of the run, "
+                f"finetune: the warm-up of {settings.warmup_steps} steps does not end in the {settings.steps} steps of the run, "
                 f"whose learning rate stays below {train.learning_rate:g}. Lower train.warmup_steps.",
-                stacklevel=3,
+                stacklevel=4,
             )
-        self.classes = tuple(target.classes) if tokens is not None else ()
-        self.loss, self.start = self._loss(method, tokens)
-        several = accelerator.num_processes > 1
-        self.sharded = Sharded(model, accelerator, (self.regularizer, self.target_regularizer)) if train.shard and several else None
-        if train.compile:
-            compile_blocks(model if self.sharded is None else self.sharded.model)
-            if isinstance(self.teacher, Teacher) and method.teacher == "frozen":
-                compile_blocks(self.teacher.model)
+        return settings
 
-    def _loss(self, method: MethodConfig, tokens: Tensor | None) -> tuple[TargetLoss, nn.Linear | None]:
+    def _loss(self, method: MethodConfig) -> tuple[TargetLoss, nn.Linear | None]:
         """The target's loss, and where its head started."""
+        tokens = self.tokens
         if tokens is None or method.loss == "contrastive":
             return Contrastive(self.model, self.accelerator, caption_weight=method.caption_weight), None
         if not method.trains_head:
             return TextClassification(self.model, tokens, label_smoothing=method.label_smoothing), None
+        self.model.to(self.accelerator.device)  # ImageNet's templates are 80,000 texts
         start = zero_shot_classifier(self.model, tokens)
         found = copy.deepcopy(start)
         if method.head == "linear_probe" and checkpoint.latest(self.checkpoints) is None:  # it is in the checkpoints
             options = {"transform": self.loaded.transform, "modalities": ("image",), "strict": self.config.strict}
             dataset = read(self.config.target, self.loaded, labelled=True, **options)
-            self.model.to(self.accelerator.device)
             limit = 256 if self.config.dry_run else None
             found = linear_probe(self.model, dataset, start, self.accelerator, workers=self.config.train.workers, limit=limit)
         attach_head(self.model, found)
@@ -223,6 +258,7 @@ class _Run:
             texts=self.texts,
             accelerator=self.accelerator,
             sharded=self.sharded,
+            after_update=lambda: clamp_logit_scale(self.model, self.config.model.max_logit_scale),
             **options,
         )
 

@@ -22,7 +22,7 @@ __all__ = ["Log", "check_folder", "check_trackers", "claim", "whole_lines"]
 
 
 def check_folder(config: Config) -> None:
-    """The run's folder is new, or of a run of this configuration; it may have been moved.
+    """The run's folder is new, or of a run of this configuration; what changes no result may differ, and it may have been moved.
 
     Raises:
         FileExistsError: it is a file.
@@ -33,7 +33,7 @@ def check_folder(config: Config) -> None:
     file = config.output / "config.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        if differing := _differing({**before, "output": str(config.output)}, _resolved(config)):
+        if differing := _differing(_that_matters(before), _that_matters(_resolved(config))):
             name, old, new = differing
             raise ValueError(
                 f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. Use the same configuration, or "
@@ -59,6 +59,12 @@ def _resolved(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     del found["dry_run"]
     return found
+
+
+def _that_matters(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Without what changes no result."""
+    kept = {key: value for key, value in resolved.items() if key not in ("output", "device", "trackers")}
+    return {**kept, "train": {key: value for key, value in resolved["train"].items() if key not in ("workers", "save_every")}}
 
 
 def _differing(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -105,6 +105,8 @@ class Checkpoints:
 class RunStoppedError(RuntimeError):
     """The run was asked to stop; it was saved if it has checkpoints."""
 
+    status = 143  # of the command: SIGTERM asks
+
 
 def encode(model: nn.Module, batch: Batch) -> Embeddings:
     """Unit embeddings of a batch of images, texts or pairs; the same function for student and teacher."""
@@ -127,6 +129,7 @@ def finetune(
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
     on_reference: Callable[[Embeddings, Embeddings], None] | None = None,
+    after_update: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     until: int | None = None,
 ) -> nn.Module:
@@ -157,6 +160,7 @@ def finetune(
             ``learning_rate``. Losses and terms are means over the processes.
         on_reference: called with the student's and the teacher's embeddings of the reference samples of this process, those of a chunk
             at a time.
+        after_update: called right after each optimizer step that was not skipped: to keep a parameter in bounds, say.
         until: end after so many steps, with the schedule of the whole run.
         should_stop: asked after each step; if true in some process, the run is saved and :class:`RunStoppedError` raised.
 
@@ -292,6 +296,7 @@ def finetune(
         if sharded is not None:
             sharded.after_step()
         if not accelerator.optimizer_step_was_skipped:
+            after_update()
             schedule.step()
             for part in (regularizer, target_regularizer, teacher):
                 if part is not None:
@@ -304,7 +309,7 @@ def finetune(
         if average is not None and settings.average_every is not None:
             if done % settings.average_every == 0:
                 average.add()
-            if done == settings.steps:
+            if done == last_step:  # before it is looked at
                 average.put()
         if on_step is not None:
             on_step(entry)
@@ -312,6 +317,8 @@ def finetune(
             _save(checkpoints, done, settings, accelerator, state())
         if stopping and done < settings.steps:
             raise RunStoppedError(f"finetune: stopped after step {done} of {settings.steps}.")
+    if average is not None:
+        average.put()  # again where no step was left to do
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if sharded is None else sharded.finish()
     optimizer.zero_grad()
     accelerator.free_memory()  # accelerate keeps every model and optimizer it prepared

@@ -729,6 +729,41 @@ def test_alarm_ends_the_run(data, tmp_path, capsys, stop):
     assert len(logged(tmp_path / "run")) == (3 if stop else 6)
 
 
+def test_alarm_ends_with_the_mean_of_the_weights(data, tmp_path):
+    """As a whole run would: the start and the weights after the step at which it ended."""
+    ends = {}
+    for name, average_every in (("last", None), ("mean", 3)):
+        one = config(data, tmp_path / name, kind="folder", learning_rate=1e-3, steps=6, average_every=average_every)
+        monitor = MonitorConfig(every=2, samples=25, min_rsa=0.9999)
+        ends[name] = weights(finetune_from(dataclasses.replace(one, probe=DataConfig("folder", str(data / "classes")), monitor=monitor)))
+    torch.testing.assert_close(ends["mean"], (START + ends["last"]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_what_changes_no_result_may_differ_in_a_run_that_goes_on(data, tmp_path):
+    one = config(data, tmp_path / "run", steps=4)
+    finetune_from(one)
+    other = dataclasses.replace(one, train=dataclasses.replace(one.train, workers=1, save_every=3), trackers=("tensorboard",))
+    finetune_from(other)
+    with pytest.raises(ValueError, match=r"to go on with train.seed 0, got 1"):
+        finetune_from(dataclasses.replace(one, train=dataclasses.replace(one.train, seed=1)))
+
+
+def test_export_for_transformers(data, tmp_path, vit):
+    from transformers import CLIPModel
+
+    one = config(data, tmp_path / "run", model=ModelConfig(str(vit(False))))
+    out = finetune_from(dataclasses.replace(one, transformers=True))
+    exported, model = CLIPModel.from_pretrained(tmp_path / "run" / "transformers"), load(str(out)).model
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        found = exported.get_image_features(images)
+        found = getattr(found, "pooler_output", found)
+        torch.testing.assert_close(found, model.encode_image(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="to_transformers: expected CLIP with a plain ViT"):
+        finetune_from(dataclasses.replace(config(data, tmp_path / "emoji"), transformers=True))
+    assert not (tmp_path / "emoji").exists()
+
+
 # what is wrong
 
 
