@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geomreg.types import Embeddings
 
 __all__ = [
+    "check_all_finite",
     "check_anchors",
     "check_axis",
     "check_bank",
@@ -22,6 +23,7 @@ __all__ = [
     "check_callable",
     "check_choices",
     "check_chunks",
+    "check_classes",
     "check_collapse",
     "check_common_ids",
     "check_count",
@@ -42,15 +44,18 @@ __all__ = [
     "check_modalities",
     "check_modality",
     "check_module",
+    "check_named",
     "check_next",
     "check_next_widths",
     "check_number",
     "check_one_number",
     "check_option",
+    "check_order",
     "check_pair",
     "check_paired",
     "check_paired_embeddings",
     "check_pairs_present",
+    "check_points",
     "check_positive",
     "check_prefixes",
     "check_rows",
@@ -617,3 +622,57 @@ def check_below(name: str, option: str, value: int, limit: int, what: str) -> No
         raise ValueError(
             f"{name}: expected {option} below the number of {what}, {limit}, got {value}. Take more samples, or a smaller {option}."
         )
+
+
+def check_named(name: str, label: str, values: object, kind: type) -> None:
+    """A mapping of at least one name to a value of type ``kind``."""
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise TypeError(f"{name}: expected {label} as a mapping of names to values, got {describe(values)}. Pass {{'DiVE': ...}}, say.")
+    if not values:
+        raise ValueError(f"{name}: expected at least one named value in {label}, got an empty mapping. Pass {{'DiVE': ...}}, say.")
+    for key, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__} for {key!r}, got {describe(value)}. See geomreg.metrics.")
+
+
+def check_all_finite(name: str, label: str, values: Sequence[float | Tensor]) -> None:
+    """Numbers, none of which is NaN or infinite."""
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name}: expected finite numbers for {label!r}, got NaN or infinity. Look for a diverged run.")
+
+
+def check_classes(name: str, labels: object, rows: int, limit: int | None = None) -> list[int] | list[str]:
+    """One class a row, all whole numbers or all strings; at most ``limit`` different ones."""
+    values: Any = labels.tolist() if hasattr(labels, "tolist") else labels
+    known = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == rows
+    if not known or not any(all(isinstance(value, kind) and not isinstance(value, bool) for value in values) for kind in (Integral, str)):
+        got = f"{len(values)} values" if isinstance(values, Sequence) and not known else describe(labels)
+        raise ValueError(f"{name}: expected labels as {rows} whole numbers or {rows} strings, got {got}. Pass one label a sample.")
+    if limit is not None and len(set(values)) > limit:
+        raise ValueError(
+            f"{name}: expected at most {limit} classes, as many as markers tell apart, got {len(set(values))}. Group them or pass none."
+        )
+    return list(values)
+
+
+def check_order(name: str, order: object, rows: int) -> list[int]:
+    """Every row's number once."""
+    values: Any = order.tolist() if hasattr(order, "tolist") else order
+    if not isinstance(values, Sequence) or not all(isinstance(value, Integral) for value in values) or sorted(values) != list(range(rows)):
+        raise ValueError(f"{name}: expected order as the numbers 0 to {rows - 1} in some order, got others. Pass torch.argsort(...), say.")
+    return list(values)
+
+
+def check_points(name: str, label: str, value: object) -> list[tuple[float, float]]:
+    """Pairs of percentages: one, or several of a sweep."""
+    pairs: Any = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(pairs, (list, tuple)) and pairs and not isinstance(pairs[0], (list, tuple)):
+        pairs = [pairs]
+    if not isinstance(pairs, (list, tuple)) or not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise ValueError(
+            f"{name}: expected (ID, zero-shot) accuracies or a list of such for {label!r}, got {value!r}. Pass (75.0, 60.0), say."
+        )
+    for number in (number for pair in pairs for number in pair):
+        if isinstance(number, bool) or not isinstance(number, (Real, Tensor)) or not 0 <= float(number) <= 100:
+            raise ValueError(f"{name}: expected accuracies in per cent, 0 to 100, for {label!r}, got {number!r}. Check the run.")
+    return [(float(x), float(y)) for x, y in pairs]
