@@ -644,9 +644,10 @@ def check_all_finite(name: str, label: str, values: Sequence[float | Tensor]) ->
 def check_classes(name: str, labels: object, rows: int, limit: int | None = None) -> list[int] | list[str]:
     """One class a row, all whole numbers or all strings; at most ``limit`` different ones."""
     values: Any = labels.tolist() if hasattr(labels, "tolist") else labels
-    known = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == rows
-    if not known or not any(all(isinstance(value, kind) and not isinstance(value, bool) for value in values) for kind in (Integral, str)):
-        got = f"{len(values)} values" if isinstance(values, Sequence) and not known else describe(labels)
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    kinds = [all(isinstance(value, kind) and not isinstance(value, bool) for value in values) for kind in (Integral, str) if listed]
+    if not any(kinds) or len(values) != rows:
+        got = f"{len(values)}" if any(kinds) else describe(labels)
         raise ValueError(f"{name}: expected labels as {rows} whole numbers or {rows} strings, got {got}. Pass one label a sample.")
     if limit is not None and len(set(values)) > limit:
         raise ValueError(
