@@ -209,6 +209,7 @@ def test_scale_leaves_out_half_a_per_cent_and_says_so():
     assert [bar.extend for bar in bars] == ["both", "max"]
     one = plots.rdm_heatmaps(2 * TEACHER[:3] + 1, TEACHER[:3])
     assert [axes.child_axes[0]._colorbar.extend for axes in one.axes[1:3]] == ["neither", "neither"]
+    assert all(float(tick).is_integer() for axes in one.axes[:3] for tick in (*axes.get_xticks(), *axes.get_yticks()))  # no half samples
 
 
 def test_embeddings_by_modality():
@@ -304,6 +305,7 @@ def test_classes_have_markers_of_their_own():
     shapes = [tuple(map(tuple, collection.get_paths()[0].vertices)) for collection in figure.axes[0].collections]
     assert len(set(shapes[:3])) == 3
     assert shapes[:3] == shapes[3:]
+    assert [len(collection.get_facecolor()) for collection in figure.axes[0].collections] == [1, 1, 1, 0, 0, 0]  # texts are hollow
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
     assert entries == [" _0", " _1", " _2", "images, u", "texts, v", "batch mean"]
 
