@@ -780,7 +780,8 @@ def test_broken_samples(data, tmp_path, workers, capsys):
         finetune_from(dataclasses.replace(config(broken, tmp_path / "probe", kind="folder", workers=workers, method=PROBE), strict=True))
     assert not (tmp_path / "probe").exists()  # already the linear probe is strict
     given = ["--model.name", "emojiclip", "--target.kind", "folder", "--target.path", str(broken / "classes"), "--strict", "true"]
-    given += ["--train.steps", "8", "--train.batch_size", "8", "--train.workers", str(workers), "--device", "cpu"]
+    given += ["--train.steps", "8", "--train.batch_size", "8", "--train.warmup_steps", "0"]
+    given += ["--train.workers", str(workers), "--device", "cpu"]
     assert main(["finetune", *given, "--output", str(tmp_path / "command")]) == 2
     assert re.search(r"^geomreg: LabelledFolder: expected an image, got \S*0.png: not an image", capsys.readouterr().err, re.MULTILINE)
     for row in range(2, 20, 2):
@@ -818,6 +819,7 @@ def test_broken_samples(data, tmp_path, workers, capsys):
 )
 def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
     given = ["--model.name", str(model_folder()), "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "1"]
+    given += ["--train.warmup_steps", "0"]
     given += ["--train.workers", "0", "--train.batch_size", "8", "--output", str(tmp_path / "run"), "--device", "cpu"]
     if "--method.terms" in arguments:
         given += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
@@ -840,6 +842,7 @@ def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
 def test_unknown_keys_of_files(data, tmp_path, capsys, content, message):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
     given = ["--model.name", "emojiclip", "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "1"]
+    given += ["--train.warmup_steps", "0"]
     with pytest.raises(SystemExit):
         main(["finetune", *given, "--output", str(tmp_path / "run"), "--config", str(tmp_path / "own.yaml")])
     assert message in capsys.readouterr().err
