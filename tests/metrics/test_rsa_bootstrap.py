@@ -44,16 +44,21 @@ def distances(embeddings: Embeddings, draws: list[int], modality: str, dissimila
 @pytest.mark.parametrize("modality", ["image", "text", "stacked", "cross-modal"])
 @pytest.mark.parametrize("dissimilarity", ["euclidean", "sqeuclidean", "cosine", "correlation"])
 @pytest.mark.parametrize("correlation", ["pearson", "spearman"])
-def test_interval_equals_drawing(modality, dissimilarity, correlation):
+@pytest.mark.parametrize("samples", [N, 5])  # of 5 some resamples have fewer than 3 different ones
+def test_interval_equals_drawing(modality, dissimilarity, correlation, samples):
+    student, teacher = (Embeddings(*(value[:samples] for value in embeddings)) for embeddings in (STUDENT, TEACHER))
     scores = []
-    for counts in drawn(N, 40, seed=5).long():
-        draws = torch.arange(N).repeat_interleave(counts).tolist()
-        one, two = (distances(value, draws, modality, dissimilarity) for value in (STUDENT, TEACHER))
+    for counts in drawn(samples, 40, seed=5).long():
+        draws = torch.arange(samples).repeat_interleave(counts).tolist()
+        if len(set(draws)) < 3:
+            continue
+        one, two = (distances(value, draws, modality, dissimilarity) for value in (student, teacher))
         scores.append((pearsonr if correlation == "pearson" else spearmanr)(one, two).statistic)
+    assert (len(scores) < 40) == (samples == 5)
     options = {"dissimilarity": dissimilarity, "correlation": correlation, "modality": modality}
-    value, low, high = rsa_interval(STUDENT, TEACHER, **options, level=0.8, resamples=40, seed=5)
+    value, low, high = rsa_interval(student, teacher, **options, level=0.8, resamples=40, seed=5)
     np.testing.assert_allclose([low, high], np.quantile(scores, [0.1, 0.9]), rtol=1e-9)
-    assert value == rsa(STUDENT, TEACHER, **options)
+    assert value == rsa(student, teacher, **options)
     assert (value.dtype, low.dtype, high.dtype) == (torch.float64,) * 3
 
 

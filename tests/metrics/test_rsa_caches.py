@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from geomreg import EmbeddingCache, Embeddings, Teacher
 from geomreg.metrics import rsa, rsa_interval, rsa_of_caches
@@ -89,3 +91,21 @@ def test_caches_of_other_samples(caches, tmp_path):
         rsa_of_caches(other, caches[1], ids=NAMES[1:])
     with pytest.raises(ValueError, match=message("rsa_of_caches", "every sample once", "repeated ids")):
         rsa_of_caches(*caches, ids=["1", "2", "3", "1"])
+
+
+def in_each_process(rank: int, folder: str, paths: tuple[str, str]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        caches = [EmbeddingCache.open(path) for path in paths]
+        torch.save([rsa_of_caches(*caches, dissimilarity=one) for one in ("euclidean", "cosine")], f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_computes_all(caches, tmp_path):
+    """And no sample twice."""
+    mp.spawn(in_each_process, args=(str(tmp_path), tuple(str(cache.path) for cache in caches)), nprocs=2)
+    for rank in range(2):
+        for found, one in zip(torch.load(tmp_path / f"{rank}.pt"), ("euclidean", "cosine"), strict=True):
+            assert float(found) == pytest.approx(float(rsa_of_caches(*caches, dissimilarity=one)), rel=1e-12)

@@ -1,5 +1,6 @@
 """Sums over samples against loops over pairs: weights, merging, two sets, and where digits go."""
 
+import importlib
 import itertools
 import math
 
@@ -153,8 +154,15 @@ def test_nearly_equal_distances(spread, dissimilarity):
     assert float(rsa(student, teacher, dissimilarity=dissimilarity)) == pytest.approx(expected, abs=tolerance)
 
 
+def test_few_samples_of_many_dimensions_need_no_square_of_them(monkeypatch):
+    monkeypatch.delattr(importlib.import_module("geomreg.metrics.rsa"), "closed_sums")
+    assert rsa(randn(10, 11), randn(10, 3, seed=1), dissimilarity="cosine").isfinite()
+    with pytest.raises(NameError):
+        rsa(randn(11, 11), randn(11, 3, seed=1), dissimilarity="cosine")
+
+
 def test_nothing_but_numbers_is_precise():
-    good = Sums(*(torch.tensor(value, dtype=torch.float64) for value in (10.0, 1.0, 1.0, 2.0, 2.0, 1.0)))
+    good = Sums(*(torch.tensor(value, dtype=torch.float64) for value in (10.0, 0.0, 0.0, 2.0, 2.0, 1.0)))
     assert precise(good)
     for value in (math.nan, math.inf, -1.0, 0.0, 1e-300):
         assert not precise(good._replace(pp=torch.tensor(value, dtype=torch.float64)))

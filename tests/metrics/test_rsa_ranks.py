@@ -107,15 +107,18 @@ def test_one_more_pass_for_heavy_ties():
 
 
 def test_ties_that_rounding_moves_over_an_edge():
-    """Values at an edge, rounded to either side of it in an order that misleads: without them in the bound it is too small."""
-    bins = Bins.of(0.0, 1.0, 8)
-    edge = (np.arange(1, 4) - 0.5) / bins.scale
-    levels = torch.tensor([0.0, *edge, 1.0], dtype=torch.float64)
+    """Values at an edge, rounded to either side of it in an order that misleads. The bins hold one value each: only the edges tell."""
+    bins = Bins.of(0.0, 1.0, 64)
+    levels = torch.tensor([0.0, *((np.array([10, 20, 30]) - 0.5) / bins.scale), 1.0], dtype=torch.float64)
     p, q = levels[torch.arange(40) // 8], levels[torch.arange(40) % 5]
     jitter = 1 + 2.0**-50 * (q - q.median()).sign()
-    value, bound = by_histogram("test", given_pairs(p * jitter, q), 8)
-    assert abs(float(value) - exact(p, q)) <= bound
-    assert abs(float(value) - exact(p, q)) > 1e-3
+    value, bound = by_histogram("test", given_pairs(p * jitter, q), 64)
+    assert 1e-3 < abs(float(value) - exact(p, q)) <= bound
+    levels = torch.tensor([0.0, *((np.array([10, 20, 30]) - 0.25) / bins.scale), 1.0], dtype=torch.float64)
+    p, q = levels[torch.arange(40) // 8], levels[torch.arange(40) % 5]
+    value, bound = by_histogram("test", given_pairs(p * jitter, q), 64)  # away from the edges the same jitter does nothing
+    assert abs(float(value) - exact(p, q)) <= bound <= 1e-11
+    levels = torch.tensor([0.0, *((np.array([10, 20, 30]) - 0.5) / bins.scale), 1.0], dtype=torch.float64)
     assert int(bins.at_edges(bins.positions(levels * (1 + 0.5 * ROUNDING)))) == 3
     assert int(bins.at_edges(bins.positions(levels * (1 - 0.5 * ROUNDING)))) == 3
     assert int(bins.at_edges(bins.positions(levels * (1 + 1e-9)))) == 0
