@@ -32,7 +32,8 @@ DISSIMILARITIES = ("euclidean", "sqeuclidean", "cosine", "correlation")
 CORRELATIONS = ("pearson", "spearman")
 METHODS = ("auto", "exact", "histogram")
 MODALITIES = ("image", "text", "stacked", "cross-modal")
-SORTED = 2**23  # pairs whose ranks are sorted by default: 4,096 samples; 50 bytes each
+BINS = 1 << 17  # tables that stay in cache
+SORTED = 2**23  # pairs whose ranks are sorted by default: 4,096 samples; 75 bytes each
 LOOSE = 1e-3  # a bound above this is worth a warning
 
 
@@ -57,7 +58,7 @@ def rsa(
             ``"cross-modal"`` (the N x N dissimilarities of image i to text j, those of a sample's own image and text among them: the
             block that retrieval and zero-shot classification read).
         method: how. Pearson is exact either way: ``"auto"`` takes sums over samples where they are precise, ``"exact"`` always goes through
-            the pairs. Spearman: ``"exact"`` sorts all pairs, ``"histogram"`` ranks them in 2^20 bins, ``"auto"`` sorts up to 4,096
+            the pairs. Spearman: ``"exact"`` sorts all pairs, ``"histogram"`` ranks them in 2^17 bins, ``"auto"`` sorts up to 4,096
             samples (2^23 pairs). The error of a histogram has a proved bound, see :func:`bounded_rsa`; above 1e-3 a warning gives it.
 
     Returns:
@@ -66,7 +67,7 @@ def rsa(
     Scale:
         Free of units. Pearson of squared Euclidean, cosine and correlation dissimilarity with at least as many samples as dimensions:
         time O(N D^2), memory O(D^2). It needs distances that spread by more than 0.3 % of their mean; others, and all that is left, go
-        through the pairs tile by tile: time O(N^2 D), memory O(N D); exact Spearman 50 bytes a pair.
+        through the pairs tile by tile: time O(N^2 D), memory O(N D); exact Spearman 75 bytes a pair.
 
     Invariances:
         Permutation of samples; positive scaling of either space. An orthogonal map of either space, except for
@@ -105,7 +106,7 @@ def bounded_rsa(
     dissimilarity: str = "euclidean",
     modality: str | None = None,
     method: str = "histogram",
-    bins: int = 1 << 20,
+    bins: int = BINS,
 ) -> BoundedRSA:
     """Spearman :func:`rsa` with a proved bound on its error.
 
@@ -201,7 +202,7 @@ def _score(
     correlation: str,
     modality: str | None,
     method: str,
-    bins: int = 1 << 20,
+    bins: int = BINS,
 ) -> BoundedRSA:
     check_option(name, "dissimilarity", dissimilarity, DISSIMILARITIES)
     check_option(name, "correlation", correlation, CORRELATIONS)

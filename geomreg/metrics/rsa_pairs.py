@@ -11,6 +11,7 @@ __all__ = ["Pairs", "Space", "Sums", "directions", "equal_distances"]
 
 TILE = 512  # rows; a tile and its temporaries stay in cache
 NEAR = 1e-3  # of the squared norms: nearer pairs are computed from differences of vectors, which keeps 12 digits of all others
+PATCH = 64  # rows of a tile of a sample
 CHUNK = 4096  # near pairs gathered at a time
 
 
@@ -57,8 +58,11 @@ class Space(NamedTuple):
         rows = rows * math.ldexp(1.0, -max(exponent, -1000))  # squares neither overflow nor vanish; a power of two rounds nothing
         return cls(rows, rows.mean(dim=0), dissimilarity == "euclidean")
 
-    def chosen(self, rows: Tensor) -> "Space":
-        return Space(self.rows[rows], self.mean, self.root)
+    def chosen(self, left: Tensor, right: Tensor) -> Tensor:
+        """``(l, r)`` dissimilarities of rows to other rows, for a sample: near ones are not renewed."""
+        x, y = (self.rows[rows.to(self.rows.device)] - self.mean for rows in (left, right))
+        values = torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
+        return values if self.root else values.square_()
 
     def tile(self, left: slice, right: slice) -> Tensor:
         """``(l, r)`` dissimilarities of some rows to others; 0 of a row to itself."""
@@ -152,10 +156,19 @@ class Pairs(NamedTuple):
             at += len(p)
         return one, two
 
-    def chosen(self, samples: Tensor) -> "Pairs":
-        """Of some samples; images and texts of each where there are both."""
-        rows = torch.cat([samples, samples + len(self.student.rows) // 2]) if self.cross else samples
-        return Pairs(self.student.chosen(rows), self.teacher.chosen(rows), self.cross)
+    def sampled(self, least: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tiles of about ``least`` random pairs in which every row takes part alike, which tells more than as many pairs of a few rows."""
+        rows = len(self.student.rows)
+        half = rows // 2
+        generator = torch.Generator().manual_seed(0)
+        found = 0
+        while found < least:
+            order = torch.randperm(half if self.cross else rows, generator=generator)
+            other = half + torch.randperm(half, generator=generator) if self.cross else order[half : 2 * half]
+            for left, right in zip(torch.split(order[:half], PATCH), torch.split(other, PATCH), strict=True):
+                p, q = (space.chosen(left, right) for space in (self.student, self.teacher))
+                yield p.reshape(-1), q.reshape(-1)
+                found += p.numel()
 
     def sums(self, name: str) -> Sums:
         """Central sums over all pairs; raises if the dissimilarities of a space are all equal."""

@@ -2,7 +2,7 @@
 
 The bound. Let R be the mid-ranks of all n student dissimilarities, less their mean, as a vector; S those of the teacher. Every pair falls
 into a bin, and bins are ordered as the values are. Let r give each pair the mid-rank of its bin, s likewise for the teacher; both are known
-from the two histograms, and so is rho' = cos(r, s), which is what is returned.
+from the two histograms. What is returned is rho', which is cos(r, s) but for an error of which 4. speaks.
 
 1. *Ties included, the part of R that r misses is orthogonal to r and bounded.* Equal values share a bin, so the mid-ranks in a bin of h
    pairs have the bin's mid-rank as their mean: (R - r) is orthogonal to r, which is constant there. Its square sums to at most
@@ -12,7 +12,13 @@ from the two histograms, and so is rho' = cos(r, s), which is what is returned.
    projection of those above, which merges groups at edges. All of their T members lie within rounding (``ROUNDING``) of an edge; they are
    counted. The merging moves R by at most sqrt((T^3 - T) / 12), so by an angle of at most tau = arcsin(that / |r|).
 3. Angles between vectors obey the triangle inequality: the angle of R and S, whose cosine is the Spearman correlation rho, differs from
-   that of r and s by at most all four angles together. Hence |rho - rho'| <= the largest change of the cosine over that range of angles.
+   that of r and s by at most all four angles together.
+4. *One pass.* cos(r, s) needs the sum of r s over all pairs, and r and s are known after the pass. During it there are guesses f and g of
+   them, from a sample of the pairs, and sums of g in each bin of the student and of f in each bin of the teacher. Of
+   <r, s> = <r, g> + <f, s> - <f, g> + <r - f, s - g> the first three follow from these sums. The last is at most |r - f| |s - g|, which
+   is known after the pass too: if both guesses are off by a thousandth, it is a millionth.
+
+Hence |rho - rho'| <= the largest change of the cosine over the range of angles that 3. and 4. leave.
 
 Nothing is assumed about the distribution of the distances; where bins are too wide for it the bound says so.
 """
@@ -29,7 +35,7 @@ from geomreg.metrics.rsa_pairs import Pairs, equal_distances
 __all__ = ["BoundedRSA", "by_histogram", "ranks"]
 
 ROUNDING = 1e-11  # relative error of a dissimilarity: see NEAR in rsa_pairs
-SAMPLE = 1024  # samples whose dissimilarities choose the range of the bins
+SAMPLE = 1 << 19  # pairs that choose the range of the bins and guess the ranks
 TIGHT = 1e-4  # a larger bound is worth one more pass, for bins of one value
 
 
@@ -80,26 +86,29 @@ class Bins(NamedTuple):
 
 
 def by_histogram(name: str, pairs: Pairs, bins: int) -> BoundedRSA:
-    """Spearman correlation of the pairs' dissimilarities in two or three passes over them; memory for the histograms alone."""
-    chosen = _bins(name, pairs, bins)
-    device = pairs.student.rows.device
-    counts = torch.zeros(2, bins, dtype=torch.int64, device=device)
-    edges = torch.zeros(2, dtype=torch.int64, device=device)
-    ones = torch.ones(0, dtype=torch.int64, device=device)
+    """Spearman correlation of the pairs' dissimilarities in one pass over them, or two; memory for the histograms alone."""
+    chosen, guesses = _guessed(name, pairs, bins)
+    counts = torch.zeros(2, bins, dtype=torch.int64, device=pairs.student.rows.device)
+    edges, sums = counts.new_zeros(2), torch.zeros_like(counts, dtype=torch.float64)
+    ones = counts.new_ones(0)
     for values in pairs.tiles():
         if len(values[0]) > len(ones):
             ones = counts.new_ones(len(values[0]))
+        places = []
         for k, value in enumerate(values):
             positions = chosen[k].positions(value)
-            counts[k].scatter_add_(0, positions.long(), ones[: len(value)])
+            places.append(positions.long())
             edges[k] += chosen[k].at_edges(positions)
-    middle = [_middle_ranks(count) for count in counts]
-    product = counts.new_zeros((), dtype=torch.float64)
-    for values in pairs.tiles():
-        p, q = (middle[k].index_select(0, chosen[k].positions(value).long()) for k, value in enumerate(values))
-        product += torch.dot(p, q)
-    squares = [torch.dot(count.double(), rank.square()) for count, rank in zip(counts, middle, strict=True)]
-    value = (product / (squares[0].sqrt() * squares[1].sqrt())).clamp(-1, 1)
+            counts[k].scatter_add_(0, places[k], ones[: len(value)])
+        for k in range(2):
+            sums[k].scatter_add_(0, places[k], guesses[1 - k].index_select(0, places[1 - k]))
+    ranks = [_middle_ranks(count) for count in counts]
+    squares = [torch.dot(count.double(), rank.square()) for count, rank in zip(counts, ranks, strict=True)]
+    product = torch.dot(ranks[0], sums[0]) + torch.dot(ranks[1], sums[1]) - torch.dot(guesses[0], sums[0])
+    norm = squares[0].sqrt() * squares[1].sqrt()
+    value = (product / norm).clamp(-1, 1)
+    misses = [torch.dot(count.double(), (rank - guess).square()) for count, rank, guess in zip(counts, ranks, guesses, strict=True)]
+    error = float(misses[0].sqrt() * misses[1].sqrt() / norm) + 1e-12  # of the sums
 
     def bound(wide: Tensor) -> float:
         """``wide``: counts of bins that may hold different values."""
@@ -108,9 +117,9 @@ def by_histogram(name: str, pairs: Pairs, bins: int) -> BoundedRSA:
             + math.asin(min(1.0, math.sqrt(_untied(edges[k]) / float(squares[k]))))
             for k in range(2)
         )
-        middle_angle = math.acos(float(value))
-        ends = math.cos(max(0.0, middle_angle - angle)), math.cos(min(math.pi, middle_angle + angle))
-        return max(abs(end - float(value)) for end in ends) + 1e-12  # of the sums
+        least, most = (math.acos(max(-1.0, min(1.0, float(value) + change))) for change in (error, -error))
+        ends = math.cos(max(0.0, least - angle)), math.cos(min(math.pi, most + angle))
+        return max(abs(end - float(value)) for end in ends)
 
     found = bound(counts)
     if found > TIGHT:
@@ -144,30 +153,28 @@ def _wide(pairs: Pairs, chosen: list[Bins], counts: Tensor) -> Tensor:
     return high - low > rounding
 
 
-def _bins(name: str, pairs: Pairs, number: int) -> list[Bins]:
-    """Ranges for both spaces from the distances of some samples: from end to end, or less a tail of far outliers that leaves few bins
-    to the rest.
+def _guessed(name: str, pairs: Pairs, number: int) -> tuple[list[Bins], list[Tensor]]:
+    """Bins for both spaces and the mean rank of each, as a sample of the pairs (or all of them, if they are few) has it.
 
-    Any choice is valid: the histograms are of all pairs, and the bound is computed from them.
+    Bins go from end to end, or less a tail of far outliers that leaves few bins to the rest. Any choice is valid: the histograms are of
+    all pairs, and the bound is computed from them.
     """
-    samples = len(pairs.student.rows) // (2 if pairs.cross else 1)
-    some = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[:SAMPLE].to(pairs.student.rows.device)
-    found = []
-    for k, values in enumerate(pairs.chosen(some).gathered()):
-        ordered = values.sort().values
-        if float(ordered[-1] - ordered[0]) <= 1e-12 * float(ordered[-1]):  # rare: look at all
+    few = pairs.number <= SAMPLE
+    found, guesses = [], []
+    for k, parts in enumerate(zip(*(pairs.tiles() if few else pairs.sampled(SAMPLE)), strict=True)):
+        ordered = torch.cat(parts).sort().values
+        low, high = float(ordered[0]), float(ordered[-1])
+        if high - low <= 1e-12 * high:  # rare: look at all
             ends = [(float(tile[k].min()), float(tile[k].max())) for tile in pairs.tiles()]
             low, high = min(end[0] for end in ends), max(end[1] for end in ends)
             if high - low <= 1e-12 * high:
                 raise equal_distances(name, pairs.number)
-            found.append(Bins.of(low, high, number))
-            continue
-        candidates = []
-        low = float(ordered[0])
-        for tail in (0, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2):
-            high = float(ordered[-1 - int(tail * len(ordered))])
-            if high > low:
-                bins = Bins.of(low, high, number)
-                candidates.append((_untied(torch.bincount(bins.positions(ordered).long())), tail, bins))
-        found.append(min(candidates)[2])
-    return found
+            candidates = [Bins.of(low, high, number)]
+        else:
+            tails = (float(ordered[-1 - int(tail * len(ordered))]) for tail in (0, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+            candidates = [Bins.of(low, one, number) for one in tails if one - low > 1e-12 * one]
+        counts = [torch.bincount(one.positions(ordered).long(), minlength=number) for one in candidates]
+        best = min(range(len(counts)), key=lambda j: _untied(counts[j]))
+        found.append(candidates[best])
+        guesses.append(_middle_ranks(counts[best]) * (pairs.number / len(ordered)))
+    return found, guesses

@@ -13,6 +13,7 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from geomreg.metrics import bounded_rsa, rsa, rsa_ranks
+from geomreg.metrics.rsa_pairs import Pairs, Space
 from geomreg.metrics.rsa_ranks import ROUNDING, Bins, by_histogram, ranks
 
 rsa_module = importlib.import_module("geomreg.metrics.rsa")  # the package's attribute of this name is the function
@@ -26,8 +27,7 @@ def given_pairs(p: Tensor, q: Tensor, parts: int = 3) -> SimpleNamespace:
     """In the place of Pairs: any dissimilarities, in some tiles."""
     pairs = SimpleNamespace(number=len(p), cross=False, student=SimpleNamespace(rows=torch.zeros(3, 1, dtype=torch.float64)))
     pairs.tiles = lambda: zip(p.chunk(parts), q.chunk(parts), strict=True)
-    pairs.gathered = lambda: (p, q)
-    pairs.chosen = lambda rows: pairs
+    pairs.sampled = lambda least: iter([(p[::7], q[::7])])
     return pairs
 
 
@@ -89,10 +89,10 @@ def test_the_bound_is_attained():
     q = torch.cat([torch.zeros(10), torch.linspace(1, 0.95, 20)]).double()
     value, bound = by_histogram("test", given_pairs(p, q), 8)
     error = float(value) - exact(p, q)
-    assert value == 1  # no disorder between bins
+    assert float(value) == pytest.approx(1, abs=1e-12)  # no disorder between bins
     angle = 2 * np.arctan(np.sqrt((20**3 - 20) / 12 / (10 * 10**2 + 20 * 5**2)))
-    assert float(bound) == pytest.approx(1 - np.cos(angle), abs=1e-9)  # zeros are one value, and add nothing
-    assert error == pytest.approx(float(bound), rel=1e-6)
+    assert float(bound) == pytest.approx(1 - np.cos(angle + np.arccos(1 - 1e-12)), abs=1e-9)  # zeros are one value, and add nothing
+    assert error == pytest.approx(float(bound), rel=1e-5)
 
 
 def test_one_more_pass_for_heavy_ties():
@@ -172,10 +172,43 @@ def test_a_loose_bound_warns():
 def test_a_sample_that_says_nothing(monkeypatch):
     """The distances that choose the bins are all equal, the others are not."""
     monkeypatch.setattr(rsa_ranks, "SAMPLE", 2)
-    student, teacher = randn(30, 4, seed=1), randn(30, 4, seed=2)
-    value, bound = bounded_rsa(student, teacher)
-    assert abs(value - rsa(student, teacher, correlation="spearman")) <= bound
-    assert bound < 1e-3
+    p, q = randn(300).abs(), randn(300, seed=1).abs()
+    p[::7] = 1.0
+    value, bound = by_histogram("test", given_pairs(p, q), 1 << 20)
+    assert abs(float(value) - exact(p, q)) <= bound
+
+
+@pytest.mark.parametrize("size", [40, 4000])
+@pytest.mark.parametrize("noise", [0.1, 3.0])
+def test_ranks_guessed_from_a_sample(size, noise, monkeypatch):
+    """A worse guess is in the bound."""
+    p = randn(size).exp()
+    q = p + noise * randn(size, seed=1).abs()
+    _, known = by_histogram("test", given_pairs(p, q), 1 << 16)
+    monkeypatch.setattr(rsa_ranks, "SAMPLE", 1)
+    value, guessed = by_histogram("test", given_pairs(p, q), 1 << 16)
+    assert 1e-9 < abs(float(value) - exact(p, q)) <= guessed
+    assert known < guessed < 40 / size
+
+
+@pytest.mark.parametrize(("cross", "rows"), [(False, 6), (False, 7), (False, 300), (True, 6), (True, 300)])
+def test_a_sample_has_every_row_alike(cross, rows):
+    space = Space(torch.zeros(rows, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), True)
+    seen = torch.zeros(rows, rows, dtype=torch.int64)
+
+    class Seen(Space):
+        def chosen(self, left, right):
+            seen[left[:, None], right] += 1
+            return torch.ones(len(left), len(right), dtype=torch.float64)
+
+    pairs = Pairs(Seen(*space), Space(*space), cross)
+    found = sum(len(p) for p, _ in pairs.sampled(20_000))
+    assert 20_000 <= found == seen.sum() <= 20_000 + rows * 64
+    assert seen.diagonal().sum() == 0
+    if cross:
+        assert seen[: rows // 2, rows // 2 :].sum() == found
+    times = seen.sum(dim=0) + seen.sum(dim=1)
+    assert times.min() > 0.3 * times.double().mean()  # those of the last patch meet fewer
 
 
 @pytest.mark.parametrize("rows", [torch.eye(6), torch.ones(6, 4)])
