@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
+from geomreg import Embeddings
 from geomreg.metrics import bounded_rsa, rsa, rsa_ranks
 from geomreg.metrics.rsa_pairs import Pairs, Space
 from geomreg.metrics.rsa_ranks import ROUNDING, Bins, by_histogram, ranks
@@ -189,6 +190,19 @@ def test_ranks_guessed_from_a_sample(size, noise, monkeypatch):
     value, guessed = by_histogram("test", given_pairs(p, q), 1 << 16)
     assert 1e-9 < abs(float(value) - exact(p, q)) <= guessed
     assert known < guessed < 40 / size
+
+
+@pytest.mark.parametrize("dissimilarity", ["euclidean", "sqeuclidean", "cosine", "correlation"])
+@pytest.mark.parametrize("modality", ["stacked", "cross-modal"])
+def test_a_sample_of_embeddings(dissimilarity, modality, monkeypatch):
+    """Guesses from one pair in four are good to a few per cent, and what they leave is of second order."""
+    teacher = Embeddings(randn(120, 6, seed=1), 1 + randn(120, 6, seed=2))
+    student = Embeddings(*(value + randn(120, 6, seed=3) for value in teacher))
+    expected = rsa(student, teacher, modality=modality, dissimilarity=dissimilarity, correlation="spearman")
+    monkeypatch.setattr(rsa_ranks, "SAMPLE", 4000)
+    value, bound = bounded_rsa(student, teacher, modality=modality, dissimilarity=dissimilarity)
+    assert abs(value - expected) <= bound
+    assert 1e-5 < bound < 4e-3
 
 
 @pytest.mark.parametrize(("cross", "rows"), [(False, 6), (False, 7), (False, 300), (True, 6), (True, 300)])
