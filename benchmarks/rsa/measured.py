@@ -1,6 +1,6 @@
 """RSA against scipy's pdist with pearsonr and spearmanr in one run, and a million samples streamed from embedding caches on disk.
 
-    python benchmarks/rsa/measured.py            # results/rsa_cpu.json; a quarter of an hour, 4 GB under --folder for some minutes
+    python benchmarks/rsa/measured.py            # results/rsa_cpu.json; 15 minutes, 4 GB under --folder for some minutes
     python benchmarks/rsa/measured.py --small    # 300 samples and 5,000 in caches, printed and not recorded
     python benchmarks/rsa/measured.py --summary  # the tables, from the JSON alone
 

@@ -121,8 +121,7 @@ def bounded_rsa(
     Returns:
         :class:`BoundedRSA`: the exact score, with mean ranks for ties and values that differ by rounding (1e-11) alone taken as tied,
         is within ``bound`` of ``value``. The proof is in ``geomreg/metrics/rsa_ranks.py``; it assumes nothing about the distances.
-        The error itself is usually a tenth of
-        the bound or less.
+        In ``benchmarks/rsa`` the error is a quarter of the bound or less.
 
     Raises:
         TypeError, ValueError: as :func:`rsa`.
