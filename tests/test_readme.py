@@ -130,6 +130,21 @@ def test_table_of_costs_is_what_was_recorded():
     assert f"take a decoder {times[2]})" in text
 
 
+def test_speeds_are_what_was_recorded():
+    folder = README.parent / "benchmarks"
+    found = json.loads((folder / "rsa" / "results" / "rsa_cpu.json").read_text(encoding="utf-8"))["groups"][-1]
+    assert found["samples"] == 10_000
+    times = {row["name"]: row["times_faster_than_scipy"] for row in found["rows"] if "times_faster_than_scipy" in row}
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    cosine, euclidean = (f"{times[f'rsa pearson {name}']:.2g}" for name in ("cosine", "euclidean"))
+    by_default, exact = (f"{times[f'rsa spearman cosine{name}']:.2g}" for name in ("", " exact"))
+    assert f"is {cosine} times as fast as scipy for Pearson of cosine, {euclidean} of Euclidean distances" in text
+    assert f"{by_default} for Spearman, {exact} by sorting" in text
+    rows = json.loads((folder / "monitor" / "results" / "monitor.json").read_text(encoding="utf-8"))["rows"]
+    shares = {row["batch"]: f"{row['share_of_step']:.2%}".replace("%", " %") for row in rows if row["model"] == "EmojiCLIP"}
+    assert f"{shares[64]} of a small CLIP's step of 64 pairs, {shares[128]} of 128, {shares[16]} of 16" in text
+
+
 def test_commands_are_the_ones_that_ci_runs():
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert commands == ["pip install -e '.[quickstart]' && geomreg quickstart", "pip install -e '.[dev]' && pytest"]

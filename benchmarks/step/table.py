@@ -38,13 +38,13 @@ def table() -> str:
     ]
     for name, label in ROWS.items():
         fp32, bf16 = (rows["ViT-B-16", precision, name] for precision in ("fp32", "bf16"))
-        real = [groups[model][name] for model in ("ViT-B-32", "EmojiCLIP")]
+        real = [groups[model].get(name) for model in ("ViT-B-32", "EmojiCLIP")]
         cells = [
             label,
             f"{fp32['peak_x_flyp']:.3f} / {bf16['peak_x_flyp']:.3f}",
             f"{fp32['flops_x_flyp']:.2f}",
-            " / ".join(f"{row['time_x_flyp']:.2f}" for row in real),
-            " / ".join(f"{row['memory_x_flyp']:.2f}" for row in real),
+            " / ".join("–" if row is None else f"{row['time_x_flyp']:.2f}" for row in real),
+            " / ".join("–" if row is None else f"{row['memory_x_flyp']:.2f}" for row in real),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

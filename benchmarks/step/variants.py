@@ -100,7 +100,7 @@ class Training:
         self.width = self.model.text_projection.shape[1]  # of the embeddings
         self.model.set_grad_checkpointing(variant.checkpointing)
         if variant.lora:
-            self.model = peft.inject_adapter_in_model(peft.LoraConfig(r=16, target_modules=["c_fc", "c_proj"]), self.model)
+            self.model = peft.inject_adapter_in_model(peft.LoraConfig(r=16, target_modules=["c_fc", "c_proj", "fc1", "fc2"]), self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
         self.unique = round(UNIQUE * batch) if variant.unique_texts else batch
         self.caption = torch.arange(batch, device=device) % self.unique if variant.unique_texts else None  # of each image
