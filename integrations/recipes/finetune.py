@@ -116,9 +116,11 @@ def finetune_from(config: Config) -> Path:
         run.export(config.output / "model")
         if config.transformers:
             to_transformers(merge_adapters(copy.deepcopy(run.model)), run.loaded.config, config.output / "transformers")
+        mixture = None
         if config.ensemble is not None:
             options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
-            evaluation.report(ensemble(EnsembleOptions(*options))[0])
+            (mixture,) = ensemble(EnsembleOptions(*options))
+        evaluation.report(mixture)
     accelerator.wait_for_everyone()
     return config.output / "model"
 
@@ -310,7 +312,9 @@ def _teacher(config: Config, loaded: Model) -> Teacher:
         return Teacher.averaged(loaded.model, encode, decay=config.method.teacher_decay)
     assert config.method.cache is not None
     cache = EmbeddingCache.open(config.method.cache, teacher=Teacher(loaded.model, encode))
-    return Teacher.cached(cache, preprocessing=loaded.transform, tokenizer=loaded.tokenizer)
+    found = reference_of(config)
+    modalities = None if found is None else found.modalities
+    return Teacher.cached(cache, preprocessing=loaded.transform, tokenizer=loaded.tokenizer, modalities=modalities)
 
 
 def _try(run: _Run) -> None:
@@ -445,18 +449,19 @@ class _Evaluation:
             self._write([*before, {"step": step, **found}])
         self.run.accelerator.wait_for_everyone()
 
-    def report(self, mixture: Path) -> None:
-        """Evaluate the mixture with the model at the start, and print what was learned and what was lost."""
+    def report(self, mixture: Path | None) -> None:
+        """Print what was learned and what was lost, and evaluate the mixture with the model at the start, if there is one."""
         if not self.data:
             return
-        head = load_head(mixture)
-        device = self.run.accelerator.device
-        found = self._measured(load(str(mixture)).model.to(device), None if head is None else head[0].to(device))
-        entries = [entry for entry in self.entries() if "ensemble" not in entry]
-        self._write([*entries, {"step": entries[-1]["step"], "ensemble": self.config.ensemble, **found}])
+        entries, mixed = [entry for entry in self.entries() if "ensemble" not in entry], {}
+        if mixture is not None:
+            head, device = load_head(mixture), self.run.accelerator.device
+            mixed = self._measured(load(str(mixture)).model.to(device), None if head is None else head[0].to(device))
+            self._write([*entries, {"step": entries[-1]["step"], "ensemble": self.config.ensemble, **mixed}])
         for name in self.data:
-            start, *_, end = (entry[name]["accuracy"] for entry in (entries[0], *entries))
-            print(f"{name}: {start:.1f} % -> {end:.1f} % ({end - start:+.1f}); ensemble {found[name]['accuracy']:.1f} %")
+            start, end = (entry[name]["accuracy"] for entry in (entries[0], entries[-1]))
+            more = f"; ensemble {mixed[name]['accuracy']:.1f} %" if mixed else ""
+            print(f"{name}: {start:.1f} % -> {end:.1f} % ({end - start:+.1f}){more}")
 
     def _measured(self, model: nn.Module, head: nn.Module | None) -> dict[str, dict[str, float]]:
         workers, tokenizer = self.config.train.workers, self.run.loaded.tokenizer

@@ -1,10 +1,10 @@
 """The one training loop: a target loss, and optionally regularizers on target and reference data, on accelerate."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +254,9 @@ def finetune(
         if teacher is not None and target_regularizer is not None and target_regularizer.needs_teacher:
             with accelerator.autocast():
                 frozen = teacher(batch)
-        given = partial(_inputs, target_regularizer, wrapped, bank)
-        last = {**options, "sync": not regularized}
-        terms, of_target = _targeted(encoded, batch, frozen, loss, target_regularizer, settings, step, given, norms, last, declared)
+        passes = _Pass(encoded, norms, bank, options, declared)
+        first = dataclasses.replace(passes, options={**options, "sync": not regularized})
+        terms, of_target = _targeted(first, batch, frozen, loss, target_regularizer, step=step, unique_texts=settings.unique_texts)
         del batch, frozen
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names what that one used.
         if regularized and regularizer is not None and reference_batches is not None:
@@ -264,9 +264,8 @@ def finetune(
             if teacher is not None and regularizer.needs_teacher:
                 with accelerator.autocast():
                     frozen = teacher(batch)
-            given = partial(_inputs, regularizer, wrapped, bank)
             of_reference, value = _regularized(
-                encoded, batch, frozen, regularizer, settings.regularize_every, given, norms, options, declared, on_reference
+                passes, batch, frozen, regularizer, factor=settings.regularize_every, on_reference=on_reference
             )
             terms |= of_reference
             del batch, frozen
@@ -353,16 +352,43 @@ def _go_on(saved: Path, settings: Settings, accelerator: Accelerator) -> int:
     return int(run["step"])
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What the two backward passes of a step share.
+
+    Attributes:
+        encoded: batch to embeddings of the student.
+        norms: of the gradients at the embeddings.
+        bank: of texts, for terms that take one.
+        options: of :func:`geomreg.backward`.
+        declared: every parameter that is trained.
+    """
+
+    encoded: Callable[[Batch], Embeddings]
+    norms: GradientNorms
+    bank: Tensor | None
+    options: dict[str, Any]
+    declared: list[Tensor]
+
+    def inputs(self, regularizer: WeightedSum) -> dict[str, Tensor]:
+        """What the terms take beside embeddings: live logit scale and bias, a bank of texts."""
+        model = unwrap(self.options["model"])
+        found = {"logit_scale": model.logit_scale.exp(), "logit_bias": getattr(model, "logit_bias", None), "texts": self.bank}
+        return {key: value for key, value in found.items() if key in regularizer.inputs and value is not None}
+
+    def backward(self, encode: Any, batch: Batch | None, loss_fn: Callable[..., Tensor], *, everything: bool, **more: Any) -> Tensor:
+        """Add the gradient; ``everything`` declares each parameter, not only those that losses use outside of the encoder."""
+        options = {**self.options, "parameters": self.declared} if everything else self.options
+        return backward(encode, batch, loss_fn, **options, **more)
+
+
 def _regularized(
-    encoded: Callable[[Batch], Embeddings],
+    passes: _Pass,
     batch: Batch,
     frozen: Embeddings | None,
     regularizer: WeightedSum,
+    *,
     factor: int,
-    given: Callable[[], dict[str, Tensor]],
-    norms: GradientNorms,
-    options: dict[str, Any],
-    declared: list[Tensor],
     on_reference: Callable[[Embeddings, Embeddings], None] | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
@@ -371,40 +397,39 @@ def _regularized(
     def of(embeddings: Embeddings, teacher: Embeddings | None, share: float) -> Tensor:
         if on_reference is not None and teacher is not None:
             on_reference(embeddings, teacher)
-        terms = regularizer.terms(norms.watch(embeddings, "regularizer"), teacher, **given())
+        terms = regularizer.terms(passes.norms.watch(embeddings, "regularizer"), teacher, **passes.inputs(regularizer))
         for name, part in terms.parts.items():
             parts[name] = parts.get(name, 0.0) + share * part
         return factor * terms.total
 
     inputs = {key: batch[key] for key in ("image", "text") if key in batch}
     rows = len(next(iter(inputs.values())))
-    if len(inputs) == 1 or _on_parameters(regularizer):  # DDP waits for every parameter, those of the other tower too
-        options = {**options, "parameters": declared}
+    everything = len(inputs) == 1 or _on_parameters(regularizer)  # DDP waits for every parameter, those of the other tower too
+
+    def loss_fn(e: Embeddings, index: Tensor) -> Tensor:
+        return of(e, _rows(frozen, index), len(index) / rows)
+
     if regularizer.separable:
-        total = backward(encoded, inputs, lambda e, index: of(e, _rows(frozen, index), len(index) / rows), separable=True, **options)
+        total = passes.backward(passes.encoded, inputs, loss_fn, everything=everything, separable=True)
     else:
-        total = backward(encoded, inputs, lambda e: of(e, frozen, 1.0), **options)
+        total = passes.backward(passes.encoded, inputs, lambda e: of(e, frozen, 1.0), everything=everything)
     return parts, total / factor
 
 
 def _targeted(
-    encoded: Callable[[Batch], Embeddings],
+    passes: _Pass,
     batch: Batch,
     frozen: Embeddings | None,
     loss: TargetLoss,
     regularizer: WeightedSum | None,
-    settings: Settings,
+    *,
     step: int,
-    given: Callable[[], dict[str, Tensor]],
-    norms: GradientNorms,
-    options: dict[str, Any],
-    declared: list[Tensor],
+    unique_texts: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unweighted terms on a target batch, and its loss with their weighted sum; adds the gradient."""
     parts: dict[str, Tensor] = {}
-    images = len(batch["image"])
-    if regularizer is not None and _on_parameters(regularizer):
-        options = {**options, "parameters": declared}
+    images, norms = len(batch["image"]), passes.norms
+    everything = regularizer is not None and _on_parameters(regularizer)
 
     def total(image: Tensor, text: Tensor | None, teacher: Embeddings | None, batch: Batch) -> Tensor:
         paired = loss.paired(text, batch)
@@ -413,29 +438,28 @@ def _targeted(
         if regularizer is None:
             return value
         seen = norms.watch(Embeddings(image, paired), "regularizer")
-        terms = regularizer.terms(seen, teacher, **given())
+        terms = regularizer.terms(seen, teacher, **passes.inputs(regularizer))
         for name, part in terms.parts.items():
             parts[name] = parts.get(name, 0.0) + len(image) / images * part
         return value + terms.total
 
-    texts = loss.texts(batch, step)
-    if texts is None and loss.separable and (regularizer is None or regularizer.separable):
+    def of_rows(e: Embeddings, index: Tensor) -> Tensor:
+        rows = {key: value[index] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return total(e.image, None, _rows(frozen, index), rows)
 
-        def loss_fn(e: Embeddings, index: Tensor) -> Tensor:
-            rows = {key: value[index] if isinstance(value, Tensor) else value for key, value in batch.items()}
-            return total(e.image, None, _rows(frozen, index), rows)
-
-        return parts, backward(encoded, {"image": batch["image"]}, loss_fn, separable=True, **options)
+    texts, alone = loss.texts(batch, step), {"image": batch["image"]}
     if texts is None:
-        return parts, backward(encoded, {"image": batch["image"]}, lambda e: total(e.image, None, frozen, batch), **options)
-    if len(texts) == images and not settings.unique_texts:
-        inputs = {"image": batch["image"], "text": texts}
-        return parts, backward(encoded, inputs, lambda e: total(*e, frozen, batch), **options)
+        if loss.separable and (regularizer is None or regularizer.separable):
+            return parts, passes.backward(passes.encoded, alone, of_rows, everything=everything, separable=True)
+        return parts, passes.backward(passes.encoded, alone, lambda e: total(e.image, None, frozen, batch), everything=everything)
+    if len(texts) == images and not unique_texts:
+        inputs = {**alone, "text": texts}
+        return parts, passes.backward(passes.encoded, inputs, lambda e: total(*e, frozen, batch), everything=everything)
     row = torch.arange(len(texts), device=texts.device)
-    if settings.unique_texts:
+    if unique_texts:
         texts, row = texts.unique(dim=0, return_inverse=True)
-    towers = [(encoded, {"image": batch["image"]}), (encoded, {"text": texts})]
-    return parts, backward(towers, None, lambda e: total(e.image, e.text[row], frozen, batch), **options)
+    towers = [(passes.encoded, alone), (passes.encoded, {"text": texts})]
+    return parts, passes.backward(towers, None, lambda e: total(e.image, e.text[row], frozen, batch), everything=everything)
 
 
 _OUTSIDE = ("logit_scale", "logit_bias", f"{head.NAME}.")  # parameters that losses use outside of the model's forward
@@ -454,14 +478,6 @@ def _running_means(*regularizers: WeightedSum | None) -> Iterator[tuple[str, Ten
 
 def _rows(embeddings: Embeddings | None, index: Tensor) -> Embeddings | None:
     return None if embeddings is None else Embeddings(*(None if value is None else value[index] for value in embeddings))
-
-
-def _inputs(regularizer: WeightedSum | None, model: nn.Module, bank: Tensor | None) -> dict[str, Tensor]:
-    """What the terms take beside embeddings: live logit scale and bias, a bank of texts."""
-    plain = unwrap(model)
-    found = {"logit_scale": plain.logit_scale.exp(), "logit_bias": getattr(plain, "logit_bias", None), "texts": bank}
-    wanted = () if regularizer is None else regularizer.inputs
-    return {key: value for key, value in found.items() if key in wanted and value is not None}
 
 
 def _numbers(record: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:

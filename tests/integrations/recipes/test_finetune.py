@@ -183,6 +183,18 @@ def test_cached_teacher_is_the_frozen_one(data, tmp_path):
         finetune_from(config(data, tmp_path / "wrong", method=cached, model=ModelConfig(str(tmp_path / "moved" / "model"))))
 
 
+def test_cached_teacher_of_images_alone(data, tmp_path):
+    """The cache has both, the run asks for one; the term takes what it is given."""
+    embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+    method = MethodConfig("fd", {"fd": TermConfig("FeatureDistillation", 100.0)}, teacher="cached", cache=tmp_path / "cache")
+    logs = []
+    for name, one in (("cached", method), ("frozen", dataclasses.replace(method, teacher="frozen", cache=None))):
+        run = config(data, tmp_path / name, method=one)
+        finetune_from(dataclasses.replace(run, reference=dataclasses.replace(run.reference, modalities=("image",)), ensemble=None))
+        logs.append([entry["fd"] for entry in logged(tmp_path / name)])
+    assert logs[0][1:] == pytest.approx(logs[1][1:], rel=5e-3)
+
+
 def logged_after(data, output, method):
     finetune_from(config(data, output, method=method))
     return logged(output)
@@ -562,6 +574,12 @@ def test_evaluation_and_the_best_model(data, tmp_path):
     assert evaluated(load(str(out)), data) == pytest.approx(found[-1]["id"])
     plain = finetune_from(config(data, tmp_path / "plain", **{key: options[key] for key in ("kind", "steps", "learning_rate")}))
     assert torch.equal(weights(out), weights(plain))  # looking changes nothing
+
+
+def test_summary_without_a_mixture(data, tmp_path, capsys):
+    evaluation = {"id": DataConfig("folder", str(data / "classes"))}
+    finetune_from(config(data, tmp_path / "run", evaluation=evaluation, ensemble=None, kind="folder"))
+    assert re.search(r"^id: \d+\.\d % -> \d+\.\d % \([+-]\d+\.\d\)$", capsys.readouterr().out, re.MULTILINE)
 
 
 def evaluated(one, data):
