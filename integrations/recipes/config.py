@@ -305,6 +305,8 @@ class Config:
             raise ValueError(f"Config: expected best as the name of an evaluation, got {self.best!r}. There are {known}.")
         if self.method.teacher == "adapters_off" and self.model.lora is None:
             raise ValueError("Config: expected model.lora with method.teacher=adapters_off, got none. Set it, or use teacher=frozen.")
+        if self.method.teacher == "adapters_off" and self.model.logit_scale == "trained" and not self.method.trains_head:
+            raise ValueError("Config: expected model.logit_scale=frozen with method.teacher=adapters_off, got trained. Set it.")
 
 
 def _check_unused(config: Config) -> None:

@@ -232,6 +232,8 @@ class _Run:
         tokens = self.tokens
         if tokens is None or method.loss == "contrastive":
             return Contrastive(self.model, self.accelerator, caption_weight=method.caption_weight), None
+        if len(self.classes) < 2:
+            raise ValueError(f"finetune: expected at least 2 classes to tell apart, got {', '.join(self.classes)} alone.")
         if not method.trains_head:
             return TextClassification(self.model, tokens, label_smoothing=method.label_smoothing), None
         self.model.to(self.accelerator.device)  # ImageNet's templates are 80,000 texts

@@ -382,6 +382,18 @@ def test_what_a_term_lacks_is_said_before_training(data, tmp_path, method, chang
     assert not (tmp_path / "run").exists()
 
 
+def test_one_class_and_a_trained_scale_are_refused(data, tmp_path):
+    shutil.copytree(data / "classes" / "owl", tmp_path / "classes" / "owl")
+    one = config(data, tmp_path / "run", kind="folder", method=HEAD)
+    with pytest.raises(ValueError, match="expected at least 2 classes to tell apart, got owl alone"):
+        finetune_from(dataclasses.replace(one, target=DataConfig("folder", str(tmp_path / "classes"))))
+    with pytest.raises(ValueError, match=r"expected model.logit_scale=frozen with method.teacher=adapters_off, got trained"):
+        config(
+            data, tmp_path / "run", method=dataclasses.replace(DIVE, teacher="adapters_off"), model=ModelConfig("emojiclip", lora=Lora())
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_captions_and_anchors(data, tmp_path):
     """ARF: further captions of the target images, and the reference pairs of a list."""
     anchors = [f"classes/owl/{row}.png" for row in range(0, 20, 2)]
