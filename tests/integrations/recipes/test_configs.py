@@ -155,7 +155,7 @@ def fake_batches(drawn, draws, *, workers):
 @pytest.mark.parametrize("data", DATA)
 def test_every_composition_runs_at_full_size(compose, monkeypatch, data, method):
     """A step of every data and method file at ViT-B-16's size and the file's own batch, on fake tensors."""
-    config = compose(data, "vit-b-16", method)
+    config = compose(data, "vit-b-16", method, "--train.epochs", "200")  # of the few samples here; a mean of weights needs some steps
     monkeypatch.setattr(finetune_module, "load", fake_model)
     monkeypatch.setattr(finetune_module, "linear_probe", lambda model, dataset, start, *args, **options: start)
     monkeypatch.setattr(streams, "loader", fake_batches)
