@@ -98,8 +98,11 @@ def compose(disk, monkeypatch):
     return composed
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("data", DATA)
+FEW = [(data, "zscl") for data in DATA] + [("imagenet", method) for method in METHODS]
+REST = [pair for pair in itertools.product(DATA, METHODS) if pair not in FEW]
+
+
+@pytest.mark.parametrize(("data", "method"), [*dict.fromkeys(FEW), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)])
 def test_every_composition(compose, data, method):
     """The files' values arrive, the method's where both have one."""
     for model in MODELS:

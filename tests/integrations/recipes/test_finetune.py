@@ -183,6 +183,7 @@ def test_cached_teacher_is_the_frozen_one(data, tmp_path):
         finetune_from(config(data, tmp_path / "wrong", method=cached, model=ModelConfig(str(tmp_path / "moved" / "model"))))
 
 
+@pytest.mark.slow
 def test_cached_teacher_of_images_alone(data, tmp_path):
     """The cache has both, the run asks for one; the term takes what it is given."""
     embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
@@ -220,6 +221,7 @@ def test_adapters_are_merged_in_the_export(data, tmp_path):
     assert all("c_fc.weight" in key or "c_proj.weight" in key for key in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{"max_logit_scale": 50.0}, {"logit_scale": "frozen"}, {"frozen": ("text",)}])
 def test_parts_of_the_model(data, tmp_path, model):
     out = finetune_from(config(data, tmp_path / "run", model=ModelConfig(str(model_folder()), **model)))
@@ -276,6 +278,7 @@ def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method):
 NAMES = {"owl": "night bird", "red_fox": "fox"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"chunk_size": 3}, {"unique_texts": True}])
 @pytest.mark.parametrize("method", [HEAD, TEXTS], ids=["head", "texts"])
 def test_savings_change_no_classification(data, tmp_path, method, options):
@@ -315,6 +318,7 @@ CYCLIC = {"c": TermConfig("CyclicConsistency", 1.0)}
 KL = TermConfig("SimilarityKL", 1.0, {"against": "texts", "directions": ["rows"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("terms", "reference", "logs"),
     [
@@ -394,6 +398,7 @@ def test_one_class_and_a_trained_scale_are_refused(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_captions_and_anchors(data, tmp_path):
     """ARF: further captions of the target images, and the reference pairs of a list."""
     anchors = [f"classes/owl/{row}.png" for row in range(0, 20, 2)]
@@ -475,6 +480,7 @@ def vit(tmp_path):
     return exported
 
 
+@pytest.mark.slow
 def test_siglip(data, tmp_path, vit):
     """Its loss on target and replayed pairs; the bias learns, or stays with the scale."""
     for kind in ("trained", "frozen"):
@@ -511,6 +517,7 @@ def test_compiled(data, tmp_path, vit):
 # terms on the target batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 3}, {"unique_texts": True, "chunk_size": 3}])
 def test_terms_on_the_target(data, tmp_path, options):
     """With a teacher, without one, on parameters; beside terms on the reference."""
@@ -738,6 +745,7 @@ def test_probe_is_watched(data, tmp_path):
     assert torch.equal(weights(out), weights(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [True, False])
 def test_alarm_ends_the_run(data, tmp_path, capsys, stop):
     """After the step that follows it; the model is exported, and the same command does not go on."""
@@ -759,6 +767,7 @@ def test_alarm_ends_the_run(data, tmp_path, capsys, stop):
     assert len(logged(tmp_path / "run")) == (3 if stop else 6)
 
 
+@pytest.mark.slow
 def test_alarm_ends_with_the_mean_of_the_weights(data, tmp_path):
     """As a whole run would: the start and the weights after the step at which it ended."""
     ends = {}
@@ -769,6 +778,7 @@ def test_alarm_ends_with_the_mean_of_the_weights(data, tmp_path):
     torch.testing.assert_close(ends["mean"], (START + ends["last"]) / 2, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_changes_no_result_may_differ_in_a_run_that_goes_on(data, tmp_path):
     one = config(data, tmp_path / "run", steps=4)
     finetune_from(one)
@@ -797,6 +807,7 @@ def test_export_for_transformers(data, tmp_path, vit):
 # what is wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_samples(data, tmp_path, workers, capsys):
     broken = tmp_path / "data"
