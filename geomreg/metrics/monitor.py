@@ -114,7 +114,7 @@ class DriftMonitor:
         self.limits = {"zero_shot_drop": max_zero_shot_drop, "rsa": min_rsa, "mean_shift": max_mean_shift}
         self.on_alarm, self.stopped, self.norms = on_alarm, False, GradientNorms()
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {"image": [], "text": []}
-        self._start: tuple[Tensor, Tensor] | None = self._probed() if probe is not None else None
+        self._start = self._probed()
 
     def due(self, step: int) -> bool:
         """Whether :meth:`compute` should be called after this step, counted from 1."""
@@ -147,10 +147,9 @@ class DriftMonitor:
         pairs = {field: self._newest(rows) for field, rows in self._rows.items() if rows}
         if len(pairs) == 2 and pairs["image"][0].shape == pairs["text"][0].shape:
             pairs["stacked"] = tuple(torch.cat(both) for both in zip(*pairs.values(), strict=True))  # type: ignore[assignment]
-        if self._start is not None:
-            image, classes = self._probed()
-            pairs["probe"] = (image, self._start[0])
-            start, now = (self._accuracy(*one) for one in (self._start, (image, classes)))
+        if self._start is not None and (found := self._probed()) is not None:
+            pairs["probe"] = (found[0], self._start[0])
+            start, now = (self._accuracy(*one) for one in (self._start, found))
             report |= {"probe/zero_shot": now, "probe/zero_shot_start": start, "probe/zero_shot_drop": start - now}
         for name, (student, teacher) in pairs.items():
             if len(student) >= FEWEST:
@@ -178,8 +177,9 @@ class DriftMonitor:
         return student, teacher
 
     @torch.no_grad()
-    def _probed(self) -> tuple[Tensor, Tensor]:
-        assert self.probe is not None
+    def _probed(self) -> tuple[Tensor, Tensor] | None:
+        if self.probe is None:
+            return None
         image, classes = self.probe()
         for label, value in (("probe image", image), ("probe class", classes)):
             check_matrix("DriftMonitor", label, value)
@@ -192,9 +192,8 @@ class DriftMonitor:
         return image.detach(), classes.detach()
 
     def _accuracy(self, image: Tensor, classes: Tensor) -> float:
-        assert self.labels is not None
-        right = (image @ classes.T).argmax(dim=1) == self.labels.to(image.device)
-        return 100 * float(right.double().mean())
+        guesses = (image @ classes.T).argmax(dim=1).cpu()
+        return 100 * float((guesses == torch.as_tensor(self.labels, device="cpu")).double().mean())
 
     def _raise_alarms(self, report: dict[str, float]) -> None:
         for name, value in report.items():

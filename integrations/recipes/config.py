@@ -298,6 +298,8 @@ class Config:
             raise ValueError(f"Config: expected files as target, got {self.target.kind}. Use one of {', '.join(READERS)}.")
         if bool(self.method.caption_weight) != (self.target.captions is not None):
             raise ValueError("Config: expected target.captions with method.caption_weight, got one without the other. Set both or none.")
+        if self.probe is None and self.monitor != MonitorConfig():
+            raise ValueError("Config: expected a probe for the options of monitor, got none. Set probe, or leave them out.")
         if self.ensemble is not None:
             check_fraction("Config", "ensemble", self.ensemble)
         if self.best is not None and self.best not in self.evaluation:

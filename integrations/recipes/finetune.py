@@ -37,7 +37,7 @@ from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compil
 from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.records import Log, check_folder, check_trackers, claim, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
-from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, read, reference_of
+from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
 from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.shards import write_file
@@ -109,9 +109,10 @@ def finetune_from(config: Config) -> Path:
             if monitor is None or monitor.last_step is None:  # on every process, from the file
                 raise
             run.train(run.settings, checkpoints=Checkpoints(run.checkpoints, config.train.save_every), until=monitor.last_step)
-            evaluation.after(monitor.last_step, last=True)
         finally:
             log.end()
+    if monitor is not None and (ended := monitor.last_step) is not None and ended < run.settings.steps:
+        evaluation.after(ended, last=True)  # also where the run was killed before it
     if accelerator.is_main_process:
         run.export(config.output / "model")
         if config.transformers:
@@ -183,7 +184,7 @@ class _Run:
         """Of target and reference, when the terms are known to find in them what they need."""
         config, train, pairs = self.config, self.config.train, ("image", "text")
         labelled = config.method.loss == "classification"
-        of_target, found = ("image",) if labelled else pairs, reference_of(config)
+        of_target, found = ("image",) if labelled else pairs, data_of(config, config.reference)
         self.references = train.reference_batch_size or train.batch_size
         if found is not None:
             of_reference = ("text",) if found.kind == "random_texts" else found.modalities or pairs
@@ -199,8 +200,10 @@ class _Run:
 
     def _build_bank(self) -> None:
         """Of texts, for terms that take one."""
-        config, method, found = self.config, self.config.method, reference_of(self.config)
+        config, method, found = self.config, self.config.method, data_of(self.config, self.config.reference)
         self.texts: Banks | None = None
+        if config.texts is not None and not self.banked:
+            raise ValueError(f"finetune: expected texts for a term that takes a bank of them, got none in {method.name}. Leave them out.")
         if not self.banked or self.teacher is None:
             return
         if method.bank == "contexts":
@@ -208,7 +211,7 @@ class _Run:
                 raise ValueError(f"finetune: expected labelled target data for bank=contexts, got {config.target.kind}. Use bank=texts.")
             self.texts = bank_of_contexts(self.tokens, self.teacher, self.accelerator)
             return
-        data = config.texts or found
+        data = found if config.texts is None else data_of(config, config.texts)
         if data is None or (data.kind in READERS and data.modalities == ("image",)):
             raise ValueError("finetune: expected captions for the terms' bank of texts, got none. Set texts, say to kind random_texts.")
         self.streams["texts"] = self._stream(data, method.bank_size or self.references, 2, ("text",), shared=False)
@@ -314,7 +317,7 @@ def _teacher(config: Config, loaded: Model) -> Teacher:
         return Teacher.averaged(loaded.model, encode, decay=config.method.teacher_decay)
     assert config.method.cache is not None
     cache = EmbeddingCache.open(config.method.cache, teacher=Teacher(loaded.model, encode))
-    found = reference_of(config)
+    found = data_of(config, config.reference)
     modalities = None if found is None else found.modalities
     return Teacher.cached(cache, preprocessing=loaded.transform, tokenizer=loaded.tokenizer, modalities=modalities)
 

@@ -17,7 +17,7 @@ from geomreg.integrations.recipes.train import Banks, Batches
 from geomreg.regularizers.text_guided import context_embeddings
 from geomreg.teacher import Teacher
 
-__all__ = ["Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "read", "reference_of"]
+__all__ = ["Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "data_of", "read"]
 
 BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a run
 
@@ -48,12 +48,11 @@ def class_tokens(dataset: Any, loaded: Model) -> Tensor:
     return torch.stack([loaded.tokenizer(dataset.class_texts(template)) for template in dataset.templates])
 
 
-def reference_of(config: Config) -> DataConfig | None:
-    """Where the reference data are: ``target`` means the target's own, without what belongs to its loss alone."""
-    found = config.reference
-    if found is not None and found.kind == "target":
-        return DataConfig(config.target.kind, config.target.path, config.target.options, found.modalities, config.target.subset)
-    return found
+def data_of(config: Config, data: DataConfig | None) -> DataConfig | None:
+    """Where reference data or texts are: ``target`` means the target's own, without what belongs to its loss alone."""
+    if data is not None and data.kind == "target":
+        return DataConfig(config.target.kind, config.target.path, config.target.options, data.modalities, config.target.subset)
+    return data
 
 
 class Stream:

@@ -399,6 +399,21 @@ def test_one_class_and_a_trained_scale_are_refused(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_options_that_nothing_looks_at_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a probe for the options of monitor, got none"):
+        dataclasses.replace(config(data, tmp_path / "run"), monitor=MonitorConfig(max_zero_shot_drop=2.0))
+    with pytest.raises(ValueError, match=r"expected texts for a term that takes a bank of them, got none in dive"):
+        finetune_from(config(data, tmp_path / "run", texts=DataConfig("random_texts")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bank_of_the_targets_own_texts(data, tmp_path):
+    one = config(data, tmp_path / "run", kind="csv", method=MethodConfig("kl", {"kl": KL}), texts=DataConfig("target"))
+    run = finetune_module._Run(one, finetune_module.Accelerator(cpu=True))
+    known = {tuple(run.loaded.tokenizer([f"picture number {row}"])[0].tolist()) for row in range(40)}
+    assert {tuple(text.tolist()) for text in next(run.streams["texts"].batches(0))["text"]} <= known
+
+
 def test_captions_and_anchors(data, tmp_path):
     """ARF: further captions of the target images, and the reference pairs of a list."""
     anchors = [f"classes/owl/{row}.png" for row in range(0, 20, 2)]
@@ -763,7 +778,10 @@ def test_alarm_ends_the_run(data, tmp_path, capsys, stop):
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert steps == ([0, 3, 3] if stop else [0, 6, 6])
     shutil.rmtree(out)
+    (tmp_path / "run" / "evaluation.jsonl").write_text((tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()[0] + "\n")
     assert torch.equal(weights(finetune_from(one)), ended)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert steps == ([0, 3, 3] if stop else [0, 0])  # as if killed before the last evaluation; a whole run has nothing left to do
     assert len(logged(tmp_path / "run")) == (3 if stop else 6)
 
 
