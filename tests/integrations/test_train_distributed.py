@@ -1,8 +1,6 @@
 """Two gloo processes with half a batch each end with the weights of one process with the whole batch."""
 
 import dataclasses
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from processes import announce, free_port
 from test_train import SETTINGS, model, stream
 
 from geomreg import DiVE, Teacher, WeightedSum
@@ -48,16 +47,8 @@ def run(rank: int, ranks: int, options: dict[str, Any]) -> dict[str, torch.Tenso
 
 
 def worker(rank: int, ranks: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in address.items()})
+    announce(rank, ranks, port)
     torch.save([run(rank, ranks, options) for options in VARIANTS], Path(folder) / f"{rank}.pt")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow

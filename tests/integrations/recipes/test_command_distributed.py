@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from processes import free_port
 
 from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes import finetune as finetune_module
@@ -61,12 +61,6 @@ def environment(**changes):
     return {**here, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **changes}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def launched(program, given, *, processes):
     """The command, to its end."""
     ahead = [sys.executable]
@@ -79,7 +73,7 @@ def launched(program, given, *, processes):
             "--master-addr",
             "127.0.0.1",
             "--master-port",
-            free_port(),
+            str(free_port()),
         ]
     done = subprocess.run([*ahead, *program, *given], env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -153,7 +147,7 @@ def test_two_processes_equal_one_in_single_precision(runs, method, held):
 
 def together(given):
     """The command in two processes, as torchrun starts them."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return [
         subprocess.Popen([sys.executable, *CLI, *given], env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), **options)

@@ -1,8 +1,6 @@
 """Every target loss in two gloo processes, with all weights or shards of them, against one process on the whole batches."""
 
 import dataclasses
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from processes import announce, free_port
 from test_losses import SETTINGS, batches, images, parts, prepared
 
 from geomreg.integrations.recipes.shard import Sharded
@@ -37,16 +36,8 @@ def run(rank, ranks, kind, chunk_size, sharded):
 
 
 def worker(rank, ranks, port, folder):
-    torch.set_num_threads(1)
-    address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in address.items()})
+    announce(rank, ranks, port)
     torch.save([run(rank, ranks, *variant) for variant in VARIANTS], Path(folder) / f"{rank}.pt")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow

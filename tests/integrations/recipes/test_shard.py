@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from processes import announce, free_port
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -204,9 +203,7 @@ def mechanics(rank: int) -> dict[str, Any]:
 
 
 def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in address.items()})
+    announce(rank, RANKS, port)
     results = {name: run(name, rank, RANKS) for name in CASES}
     results |= {f"resumed {name}": stopped_and_resumed(name, rank, Path(folder) / name) for name in RESUMED}
     results |= {f"step {size}": one_step(rank, RANKS, size) for size in (1, 10)}
@@ -220,10 +217,7 @@ RESUMED = ("dive in chunks", "averaged teacher", "terms on weights", "adapters")
 def results(tmp_path_factory):
     """Both processes' results."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder)), nprocs=RANKS)
+    mp.spawn(worker, args=(free_port(), str(folder)), nprocs=RANKS)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
     return found, folder
 
