@@ -1,12 +1,12 @@
 """``geomreg finetune`` in two gloo processes, each with all weights (DDP) or a part (FSDP2), against the same command in one."""
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -16,14 +16,13 @@ from PIL import Image
 from processes import free_port
 
 from geomreg.integrations.quickstart.experiment import model_folder
-from geomreg.integrations.recipes import finetune as finetune_module
-from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.models import load
 
 DEVICE = "cpu" if torch.accelerator.is_available() else "auto"  # which must join the processes too
 
 pytestmark = pytest.mark.slow
 CLI = ["-m", "geomreg.integrations.recipes.cli"]
+IN_FP64 = [str(Path(__file__).with_name("command_in_fp64.py"))]
 SHARDED = {"all weights": [], "shards": ["--train.shard", "true"]}
 DIVE = ["--config", "method/dive", "--reference.kind", "csv", "--reference.path", "pairs.tsv"]
 CHEAP = ["--train.chunk_size", "3", "--train.clip_norm", "0.5", "--model.max_logit_scale", "90"]
@@ -108,7 +107,7 @@ def runs(data, tmp_path_factory):
 @pytest.mark.parametrize("method", ["flyp", "dive in chunks"])
 def test_two_processes_equal_one(runs, method, held):
     """In fp64: order, crops, templates, losses and gradients do not depend on the number of processes."""
-    one, two = (runs([__file__], method, which) for which in ("one", held))
+    one, two = (runs(IN_FP64, method, which) for which in ("one", held))
     assert len(records(one)) == len(records(two)) == 6
     assert records(one)[5].keys() >= ({"loss"} if method == "flyp" else {"loss", "dive"})
     for before, after in zip(records(one), records(two), strict=True):
@@ -199,19 +198,3 @@ def test_stopped_killed_and_resumed_is_bitwise_the_same(data, tmp_path, held):
 def test_dry_run_in_two_processes(data, tmp_path):
     launched(CLI, arguments(data, tmp_path / "run", "dive", "--dry_run", "true", *SHARDED["shards"]), processes=2)
     assert not (tmp_path / "run").exists()
-
-
-def doubled(*given, **options):
-    """A loaded model in fp64, and its pictures."""
-    loaded = load(*given, **options)
-
-    def in_double(transform):
-        return lambda image: transform(image).double()
-
-    transforms = {name: in_double(getattr(loaded, name)) for name in ("train_transform", "transform")}
-    return dataclasses.replace(loaded, model=loaded.model.double(), **transforms)
-
-
-if __name__ == "__main__":  # the command in fp64
-    finetune_module.load = doubled
-    raise SystemExit(main(sys.argv[1:]))
