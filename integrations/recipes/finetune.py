@@ -35,18 +35,17 @@ from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, l
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
 from geomreg.integrations.recipes.monitor import RunMonitor
+from geomreg.integrations.recipes.passes import ON_PARAMETERS
 from geomreg.integrations.recipes.records import Log, check_folder, check_trackers, claim, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
-from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
 __all__ = ["check_needs", "finetune_from", "regularizer_of"]
 
-_ON_PARAMETERS = (WeightAnchor, ProjectionOrthogonality)  # terms that look at no embeddings
 WAIT = timedelta(hours=12)  # of the other processes, while the main one evaluates
 HIGH_RATE = 3.0  # times the highest usual learning rate of a model: worth a warning
 
@@ -393,12 +392,12 @@ def check_needs(role: str, regularizer: WeightedSum | None, modalities: tuple[st
     trained = {"image": any(name.startswith("visual.") for name in names), "text": any(not name.startswith("visual.") for name in names)}
     student = Embeddings(**{modality: vectors.clone().requires_grad_(trained[modality]) for modality in modalities})
     frozen = Embeddings(**dict.fromkeys(modalities, vectors))
-    if role == "reference" and all(isinstance(term, _ON_PARAMETERS) for term in regularizer.regularizers.values()):
+    if role == "reference" and all(isinstance(term, ON_PARAMETERS) for term in regularizer.regularizers.values()):
         names = ", ".join(regularizer.regularizers)
         raise ValueError(f"finetune: expected terms on reference data, got only such on weights ({names}). Make them method.target_terms.")
     inputs = {"logit_scale": torch.tensor(10.0), "logit_bias": getattr(model, "logit_bias", None), "texts": vectors}
     for name, term in regularizer.regularizers.items():
-        if isinstance(term, _ON_PARAMETERS):
+        if isinstance(term, ON_PARAMETERS):
             continue
         training, needed = term.training, getattr(term, "inputs", ())
         if "logit_bias" in needed and inputs["logit_bias"] is None:

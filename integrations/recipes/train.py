@@ -18,18 +18,17 @@ from geomreg.gradients import GradientNorms
 from geomreg.integrations.open_clip import embed, unwrap
 from geomreg.integrations.recipes import checkpoint, head
 from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
+from geomreg.integrations.recipes.passes import Batch, Passes
 from geomreg.integrations.recipes.shard import Sharded, check_launch, like
 from geomreg.precision import at_least_fp32
-from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
-from geomreg.step import backward
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
 __all__ = ["Batch", "Batches", "Checkpoints", "RunStoppedError", "Settings", "encode", "finetune"]
 
-Batch = dict[str, Any]  # "image" (B, 3, H, W), "text" token ids (B, L), or one of them; "label" (B,); for a cached teacher "id", B of them
 Batches = Callable[[int], Iterator[Batch]]  # endless batches from the one with this number on
 Banks = Callable[[int], Iterator[Tensor]]  # (M, D) constant text embeddings for each step from the one with this number on
+_OUTSIDE = ("logit_scale", "logit_bias", f"{head.NAME}.")  # parameters that losses use outside of the model's forward
 
 
 @dataclass(frozen=True)
@@ -170,158 +169,223 @@ def finetune(
         RunStoppedError: ``should_stop`` said so.
         RuntimeError: the loss is not finite on some process; the model is left as it was before that step.
     """
-    needed = {"regularizer": regularizer, "reference": reference}
+    _check_together(regularizer, target_regularizer, reference, teacher)
+    accelerator = accelerator or Accelerator()
+    _check_accelerator(accelerator)
+    run = _Training(
+        model, settings, accelerator, sharded, loss, regularizer=regularizer, target_regularizer=target_regularizer, teacher=teacher
+    )  # fmt: skip
+    saved = None if checkpoints is None else checkpoint.latest(checkpoints.folder)
+    start = 0 if saved is None else run.resume(saved)
+    last_step = settings.steps if until is None else min(until, settings.steps)
+    target_batches = target(start)
+    reference_batches = None if reference is None else reference(-(-start // settings.regularize_every))
+    banks = None if texts is None else texts(start)
+    for step in range(start, last_step):
+        bank = None if banks is None else next(banks)
+        record = run.gradients(step, target_batches, reference_batches, bank, on_reference)
+        entry, stopping = run.entry(step, record, should_stop())
+        run.update(after_update)
+        done = step + 1
+        run.add_to_mean(done, last=done == last_step)
+        if on_step is not None:
+            on_step(entry)
+        if checkpoints is not None and (stopping or done % checkpoints.every == 0 or done == settings.steps):
+            _save(checkpoints, done, settings, accelerator, run.state())
+        if stopping and done < settings.steps:
+            raise RunStoppedError(f"finetune: stopped after step {done} of {settings.steps}.")
+    return run.finish()
+
+
+def _check_together(
+    regularizer: WeightedSum | None, target_regularizer: WeightedSum | None, reference: Batches | None, teacher: Teacher | None
+) -> None:
+    needed: dict[str, object] = {"regularizer": regularizer, "reference": reference}
     if regularizer is None or regularizer.needs_teacher:
         needed["teacher"] = teacher if regularizer is not None or target_regularizer is None else None  # or it is the target's
     if len({value is None for value in needed.values()}) > 1:
         lacking = ", ".join(name for name, value in needed.items() if value is None)
         raise ValueError(f"finetune: expected regularizer, reference and teacher together, got None for {lacking}. Pass all three or none.")
-    accelerator = accelerator or Accelerator()
+
+
+def _check_accelerator(accelerator: Accelerator) -> None:
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"finetune: expected gradient_accumulation_steps=1, got {accelerator.gradient_accumulation_steps}. The contrastive loss "
             "needs its whole batch at once; lower the batch size instead."
         )
     check_launch(accelerator)
-    trained: Any = model.parameters() if sharded is None else sharded.groups()
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
-    if sharded is None:
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-        declared = [value for value in wrapped.parameters() if value.requires_grad]
-    else:
-        sharded.serve(teacher)
-        wrapped, optimizer, declared = sharded.model, accelerator.prepare(optimizer), sharded.declared()
-    loss = loss or Contrastive(unwrap(wrapped), accelerator)
-    for part in (regularizer, target_regularizer, teacher):
-        if part is not None:
-            part.to(accelerator.device)
-            part.train()
-    wrapped.train()
-    scale: Callable[[Tensor], Tensor] = accelerator.scaler.scale if accelerator.scaler is not None else lambda loss: loss
-    options: dict[str, Any] = {
-        "chunk_size": settings.chunk_size or sys.maxsize,
-        "model": wrapped,
-        "parameters": [value for name, value in unwrap(wrapped).named_parameters() if value.requires_grad and name.startswith(_OUTSIDE)],
-        "scale": scale,
-    }
-    average = None if settings.average_every is None else _WeightMean(unwrap(wrapped))
 
-    def encoded(batch: Batch) -> Embeddings:
-        with accelerator.autocast():
-            return encode(wrapped, batch)
 
-    def state() -> dict[str, Any]:
-        found = {
-            "model": unwrap(wrapped).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": {} if accelerator.scaler is None else accelerator.scaler.state_dict(),
-            "regularizer": {} if regularizer is None else regularizer.state_dict(),
-            "target_regularizer": {} if target_regularizer is None else target_regularizer.state_dict(),
-            "teacher": {} if teacher is None else teacher.state_dict(),
-            "average": {} if average is None else average.state_dict(),
-        }
-        return found if sharded is None else sharded.gathered(found)
+class _Training:
+    """What a run of :func:`finetune` changes from step to step: model, optimizer, terms, teacher; and the parts of a step."""
 
-    start = 0
-    if checkpoints is not None and (saved := checkpoint.latest(checkpoints.folder)) is not None:
-        start = _go_on(saved, settings, accelerator)
-        of_model, of_optimizer = (checkpoint.read(saved, name) for name in ("model", "optimizer"))
-        if sharded is not None:
-            of_model, of_optimizer = sharded.scattered(of_model, of_optimizer)
-        unwrap(wrapped).load_state_dict(of_model)
-        optimizer.load_state_dict(of_optimizer)
-        for name, part in (("schedule", schedule), ("scaler", accelerator.scaler)):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        accelerator: Accelerator,
+        sharded: Sharded | None,
+        loss: TargetLoss | None,
+        *,
+        regularizer: WeightedSum | None,
+        target_regularizer: WeightedSum | None,
+        teacher: Teacher | None,
+    ) -> None:
+        self.settings, self.accelerator, self.sharded = settings, accelerator, sharded
+        self.regularizer, self.target_regularizer, self.teacher = regularizer, target_regularizer, teacher
+        trained: Any = model.parameters() if sharded is None else sharded.groups()
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
+        if sharded is None:
+            self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+            declared = [value for value in self.wrapped.parameters() if value.requires_grad]
+        else:
+            sharded.serve(teacher)
+            self.wrapped, self.optimizer, declared = sharded.model, accelerator.prepare(optimizer), sharded.declared()
+        self.model = unwrap(self.wrapped)
+        self.loss = loss or Contrastive(self.model, accelerator)
+        for part in (*self._terms(), teacher):
             if part is not None:
-                part.load_state_dict(checkpoint.read(saved, name))
-        parts = {"regularizer": regularizer, "target_regularizer": target_regularizer, "teacher": teacher, "average": average}
-        for name, stateful in parts.items():
-            if stateful is not None:
-                stateful.load_state_dict(checkpoint.read(saved, name))
-    target_batches = target(start)
-    reference_batches = None if reference is None else reference(-(-start // settings.regularize_every))
-    banks = None if texts is None else texts(start)
-    last_step = settings.steps if until is None else min(until, settings.steps)
-    for step in range(start, last_step):
-        optimizer.zero_grad()
-        value = torch.zeros((), device=accelerator.device)
-        regularized = regularizer is not None and step % settings.regularize_every == 0
-        bank = None if banks is None else next(banks)
+                part.to(accelerator.device)
+                part.train()
+        self.wrapped.train()
+        self.mean = None if settings.average_every is None else _WeightMean(self.model)
+        outside = [value for name, value in self.model.named_parameters() if value.requires_grad and name.startswith(_OUTSIDE)]
+        scale: Callable[[Tensor], Tensor] = accelerator.scaler.scale if accelerator.scaler is not None else lambda loss: loss
+        options = {"chunk_size": settings.chunk_size or sys.maxsize, "model": self.wrapped, "scale": scale}
+        self.passes = Passes(self._encoded, self.model, declared, outside, options, GradientNorms(), bank=None)
+
+    def _terms(self) -> Iterator[WeightedSum]:
+        return (part for part in (self.regularizer, self.target_regularizer) if part is not None)
+
+    def _encoded(self, batch: Batch) -> Embeddings:
+        with self.accelerator.autocast():
+            return encode(self.wrapped, batch)
+
+    def _frozen(self, batch: Batch, regularizer: WeightedSum | None) -> Embeddings | None:
+        """The teacher's embeddings, for terms that need them."""
+        if self.teacher is None or regularizer is None or not regularizer.needs_teacher:
+            return None
+        with self.accelerator.autocast():
+            return self.teacher(batch)
+
+    def gradients(
+        self,
+        step: int,
+        target: Iterator[Batch],
+        reference: Iterator[Batch] | None,
+        bank: Tensor | None,
+        on_reference: Callable[[Embeddings, Embeddings], None] | None,
+    ) -> dict[str, Tensor]:
+        """The two backward passes; what is to be recorded of them."""
         norms = GradientNorms()
-        batch = _moved(next(target_batches), accelerator.device)
-        frozen = None
-        if teacher is not None and target_regularizer is not None and target_regularizer.needs_teacher:
-            with accelerator.autocast():
-                frozen = teacher(batch)
-        passes = _Pass(encoded, norms, bank, options, declared)
-        first = dataclasses.replace(passes, options={**options, "sync": not regularized})
-        terms, of_target = _targeted(first, batch, frozen, loss, target_regularizer, step=step, unique_texts=settings.unique_texts)
-        del batch, frozen
+        regularized = self.regularizer is not None and step % self.settings.regularize_every == 0
+        passes = dataclasses.replace(self.passes, norms=norms, bank=bank)
+        self.optimizer.zero_grad()
+        batch = _moved(next(target), self.accelerator.device)
+        terms, of_target = passes.on_target(
+            batch, self._frozen(batch, self.target_regularizer), self.loss, self.target_regularizer,
+            step=step, unique_texts=self.settings.unique_texts, sync=not regularized,
+        )  # fmt: skip
+        del batch
+        value = torch.zeros((), device=self.accelerator.device)
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names what that one used.
-        if regularized and regularizer is not None and reference_batches is not None:
-            batch, frozen = _moved(next(reference_batches), accelerator.device), None
-            if teacher is not None and regularizer.needs_teacher:
-                with accelerator.autocast():
-                    frozen = teacher(batch)
-            of_reference, value = _regularized(
-                passes, batch, frozen, regularizer, factor=settings.regularize_every, on_reference=on_reference
-            )
+        if regularized and self.regularizer is not None and reference is not None:
+            batch = _moved(next(reference), self.accelerator.device)
+            of_reference, value = passes.on_reference(
+                batch, self._frozen(batch, self.regularizer), self.regularizer,
+                factor=self.settings.regularize_every, see=on_reference,
+            )  # fmt: skip
             terms |= of_reference
-            del batch, frozen
-        record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": unwrap(wrapped).logit_scale.exp()}
-        record |= {f"{role}_square": norms.square(role, accelerator.device) for role in ("task", "regularizer")}
-        record |= {f"{name}/mean_norm": mean.norm() for name, mean in _running_means(regularizer, target_regularizer)}
-        record["stop"] = torch.tensor(float(should_stop()))
-        entry = {"step": step + 1, **_numbers(record, accelerator), "learning_rate": optimizer.param_groups[0]["lr"]}
+        record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": self.model.logit_scale.exp()}
+        return record | {f"{role}_square": norms.square(role, self.accelerator.device) for role in ("task", "regularizer")}
+
+    def entry(self, step: int, record: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
+        """What is known of a step before its update, over all processes; and whether one of them was asked to stop."""
+        means = {f"{name}/mean_norm": mean.norm() for name, mean in self._running_means()}
+        record = {**record, **means, "stop": torch.tensor(float(stop))}
+        entry = {"step": step + 1, **_numbers(record, self.accelerator), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         stopping = entry.pop("stop") > 0
         of_terms, of_loss = entry.pop("regularizer_square"), entry.pop("task_square")
-        if regularizer is not None or target_regularizer is not None:
+        if any(True for _ in self._terms()):
             entry["gradient_ratio"] = math.sqrt(of_terms / of_loss) if of_loss > 0 else math.nan
         if not math.isfinite(entry["loss"] + entry["regularizer"]):  # on all processes, or none
             raise RuntimeError(
                 f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. "
                 "Lower the learning rate or the weight."
             )
-        for part in (regularizer, target_regularizer):
-            for name, weight in (part.weights if part is not None else {}).items():
-                if name in entry:
-                    entry[f"{name}/weighted"] = weight * entry[name]
-        if sharded is not None:
-            sharded.finish_gradients(settings.clip_norm)
-        elif settings.clip_norm is not None:
-            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_norm)
-        optimizer.step()
-        if sharded is not None:
-            sharded.after_step()
-        if not accelerator.optimizer_step_was_skipped:
-            after_update()
-            schedule.step()
-            for part in (regularizer, target_regularizer, teacher):
-                if part is not None:
-                    part.step()
-        else:
-            for part in (regularizer, target_regularizer):
-                if part is not None:
-                    part.discard()
-        done = step + 1
-        if average is not None and settings.average_every is not None:
-            if done % settings.average_every == 0:
-                average.add()
-            if done == last_step:  # before it is looked at
-                average.put()
-        if on_step is not None:
-            on_step(entry)
-        if checkpoints is not None and (stopping or done % checkpoints.every == 0 or done == settings.steps):
-            _save(checkpoints, done, settings, accelerator, state())
-        if stopping and done < settings.steps:
-            raise RunStoppedError(f"finetune: stopped after step {done} of {settings.steps}.")
-    if average is not None:
-        average.put()  # again where no step was left to do
-    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if sharded is None else sharded.finish()
-    optimizer.zero_grad()
-    accelerator.free_memory()  # accelerate keeps every model and optimizer it prepared
-    return model.eval()
+        weights = {name: weight for part in self._terms() for name, weight in part.weights.items() if name in entry}
+        entry |= {f"{name}/weighted": weight * entry[name] for name, weight in weights.items()}
+        return entry, stopping
+
+    def _running_means(self) -> Iterator[tuple[str, Tensor]]:
+        for part in self._terms():
+            for name, term in part.regularizers.items():
+                if isinstance(mean := getattr(term, "mean", None), Tensor):
+                    yield name, mean
+
+    def update(self, after_update: Callable[[], None]) -> None:
+        """The optimizer's step, and those of all that moves with it."""
+        if self.sharded is not None:
+            self.sharded.finish_gradients(self.settings.clip_norm)
+        elif self.settings.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        if self.sharded is not None:
+            self.sharded.after_step()
+        if self.accelerator.optimizer_step_was_skipped:
+            for part in self._terms():
+                part.discard()
+            return
+        after_update()
+        self.schedule.step()
+        for part in (*self._terms(), self.teacher):
+            if part is not None:
+                part.step()
+
+    def add_to_mean(self, done: int, *, last: bool) -> None:
+        """After a step; the mean of the weights takes their place after the last."""
+        if self.mean is None or self.settings.average_every is None:
+            return
+        if done % self.settings.average_every == 0:
+            self.mean.add()
+        if last:  # before it is looked at
+            self.mean.put()
+
+    def _stateful(self) -> dict[str, Any]:
+        """What else has a state to be saved, under its name; None where the run has none."""
+        parts = {"schedule": self.schedule, "scaler": self.accelerator.scaler, "teacher": self.teacher, "average": self.mean}
+        return {**parts, "regularizer": self.regularizer, "target_regularizer": self.target_regularizer}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the run needs beside the random numbers of each process."""
+        found = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        found |= {name: {} if part is None else part.state_dict() for name, part in self._stateful().items()}
+        return found if self.sharded is None else self.sharded.gathered(found)
+
+    def resume(self, saved: Path) -> int:
+        """Go on from a checkpoint, if it is one of this run: returns how many steps it has behind it."""
+        start = _go_on(saved, self.settings, self.accelerator)
+        of_model, of_optimizer = (checkpoint.read(saved, name) for name in ("model", "optimizer"))
+        if self.sharded is not None:
+            of_model, of_optimizer = self.sharded.scattered(of_model, of_optimizer)
+        self.model.load_state_dict(of_model)
+        self.optimizer.load_state_dict(of_optimizer)
+        for name, part in self._stateful().items():
+            if part is not None:
+                part.load_state_dict(checkpoint.read(saved, name))
+        return start
+
+    def finish(self) -> nn.Module:
+        """The model, unwrapped, in evaluation mode."""
+        if self.mean is not None:
+            self.mean.put()  # again where no step was left to do
+        whole = self.sharded is None
+        model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False) if whole else self.sharded.finish()
+        self.optimizer.zero_grad()
+        self.accelerator.free_memory()  # accelerate keeps every model and optimizer it prepared
+        return model.eval()
 
 
 def _save(checkpoints: Checkpoints, step: int, settings: Settings, accelerator: Accelerator, state: dict[str, Any]) -> None:
@@ -350,134 +414,6 @@ def _go_on(saved: Path, settings: Settings, accelerator: Accelerator) -> int:
             )
     checkpoint.set_random_state(checkpoint.read(saved, f"process-{accelerator.process_index}")["random"])
     return int(run["step"])
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What the two backward passes of a step share.
-
-    Attributes:
-        encoded: batch to embeddings of the student.
-        norms: of the gradients at the embeddings.
-        bank: of texts, for terms that take one.
-        options: of :func:`geomreg.backward`.
-        declared: every parameter that is trained.
-    """
-
-    encoded: Callable[[Batch], Embeddings]
-    norms: GradientNorms
-    bank: Tensor | None
-    options: dict[str, Any]
-    declared: list[Tensor]
-
-    def inputs(self, regularizer: WeightedSum) -> dict[str, Tensor]:
-        """What the terms take beside embeddings: live logit scale and bias, a bank of texts."""
-        model = unwrap(self.options["model"])
-        found = {"logit_scale": model.logit_scale.exp(), "logit_bias": getattr(model, "logit_bias", None), "texts": self.bank}
-        return {key: value for key, value in found.items() if key in regularizer.inputs and value is not None}
-
-    def backward(self, encode: Any, batch: Batch | None, loss_fn: Callable[..., Tensor], *, everything: bool, **more: Any) -> Tensor:
-        """Add the gradient; ``everything`` declares each parameter, not only those that losses use outside of the encoder."""
-        options = {**self.options, "parameters": self.declared} if everything else self.options
-        return backward(encode, batch, loss_fn, **options, **more)
-
-
-def _regularized(
-    passes: _Pass,
-    batch: Batch,
-    frozen: Embeddings | None,
-    regularizer: WeightedSum,
-    *,
-    factor: int,
-    on_reference: Callable[[Embeddings, Embeddings], None] | None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum."""
-    parts: dict[str, Tensor] = {}
-
-    def of(embeddings: Embeddings, teacher: Embeddings | None, share: float) -> Tensor:
-        if on_reference is not None and teacher is not None:
-            on_reference(embeddings, teacher)
-        terms = regularizer.terms(passes.norms.watch(embeddings, "regularizer"), teacher, **passes.inputs(regularizer))
-        for name, part in terms.parts.items():
-            parts[name] = parts.get(name, 0.0) + share * part
-        return factor * terms.total
-
-    inputs = {key: batch[key] for key in ("image", "text") if key in batch}
-    rows = len(next(iter(inputs.values())))
-    everything = len(inputs) == 1 or _on_parameters(regularizer)  # DDP waits for every parameter, those of the other tower too
-
-    def loss_fn(e: Embeddings, index: Tensor) -> Tensor:
-        return of(e, _rows(frozen, index), len(index) / rows)
-
-    if regularizer.separable:
-        total = passes.backward(passes.encoded, inputs, loss_fn, everything=everything, separable=True)
-    else:
-        total = passes.backward(passes.encoded, inputs, lambda e: of(e, frozen, 1.0), everything=everything)
-    return parts, total / factor
-
-
-def _targeted(
-    passes: _Pass,
-    batch: Batch,
-    frozen: Embeddings | None,
-    loss: TargetLoss,
-    regularizer: WeightedSum | None,
-    *,
-    step: int,
-    unique_texts: bool,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Unweighted terms on a target batch, and its loss with their weighted sum; adds the gradient."""
-    parts: dict[str, Tensor] = {}
-    images, norms = len(batch["image"]), passes.norms
-    everything = regularizer is not None and _on_parameters(regularizer)
-
-    def total(image: Tensor, text: Tensor | None, teacher: Embeddings | None, batch: Batch) -> Tensor:
-        paired = loss.paired(text, batch)
-        task = norms.watch(Embeddings(image, None if paired is None else text), "task")  # texts of classes are in every process
-        value = loss(task.image, text if paired is None else task.text, batch)
-        if regularizer is None:
-            return value
-        seen = norms.watch(Embeddings(image, paired), "regularizer")
-        terms = regularizer.terms(seen, teacher, **passes.inputs(regularizer))
-        for name, part in terms.parts.items():
-            parts[name] = parts.get(name, 0.0) + len(image) / images * part
-        return value + terms.total
-
-    def of_rows(e: Embeddings, index: Tensor) -> Tensor:
-        rows = {key: value[index] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        return total(e.image, None, _rows(frozen, index), rows)
-
-    texts, alone = loss.texts(batch, step), {"image": batch["image"]}
-    if texts is None:
-        if loss.separable and (regularizer is None or regularizer.separable):
-            return parts, passes.backward(passes.encoded, alone, of_rows, everything=everything, separable=True)
-        return parts, passes.backward(passes.encoded, alone, lambda e: total(e.image, None, frozen, batch), everything=everything)
-    if len(texts) == images and not unique_texts:
-        inputs = {**alone, "text": texts}
-        return parts, passes.backward(passes.encoded, inputs, lambda e: total(*e, frozen, batch), everything=everything)
-    row = torch.arange(len(texts), device=texts.device)
-    if unique_texts:
-        texts, row = texts.unique(dim=0, return_inverse=True)
-    towers = [(passes.encoded, alone), (passes.encoded, {"text": texts})]
-    return parts, passes.backward(towers, None, lambda e: total(e.image, e.text[row], frozen, batch), everything=everything)
-
-
-_OUTSIDE = ("logit_scale", "logit_bias", f"{head.NAME}.")  # parameters that losses use outside of the model's forward
-
-
-def _on_parameters(regularizer: WeightedSum) -> bool:
-    return any(isinstance(term, (WeightAnchor, ProjectionOrthogonality)) for term in regularizer.regularizers.values())
-
-
-def _running_means(*regularizers: WeightedSum | None) -> Iterator[tuple[str, Tensor]]:
-    for regularizer in regularizers:
-        for name, term in regularizer.regularizers.items() if regularizer is not None else ():
-            if isinstance(mean := getattr(term, "mean", None), Tensor):
-                yield name, mean
-
-
-def _rows(embeddings: Embeddings | None, index: Tensor) -> Embeddings | None:
-    return None if embeddings is None else Embeddings(*(None if value is None else value[index] for value in embeddings))
 
 
 def _numbers(record: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
