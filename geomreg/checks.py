@@ -593,11 +593,15 @@ def check_directions(name: str, label: str, embeddings: Tensor) -> Tensor:
     return directions
 
 
-def check_next_widths(name: str, before: Sequence[int], widths: Sequence[int]) -> None:
+def check_next_widths(name: str, before: Sequence[int], widths: Sequence[int], labels: Sequence[str] = ()) -> None:
     """A further batch, or that of another process, has the widths of those collected before."""
-    if tuple(before) != tuple(widths):
-        old, new = (" and ".join(str(width) for width in value) for value in (before, widths))
-        raise ValueError(f"{name}: expected embeddings of width {old} as before, got {new}. Call reset() between models.")
+    if tuple(before) == tuple(widths):
+        return
+    if labels:  # name those that changed
+        before, widths, labels = zip(*(one for one in zip(before, widths, labels, strict=True) if one[0] != one[1]), strict=True)
+    old, new, whose = (" and ".join(str(one) for one in values) for values in (before, widths, labels))
+    what = f"{whose} embeddings" if labels else "embeddings"
+    raise ValueError(f"{name}: expected {what} of width {old} as before, got {new}. Call reset() between models.")
 
 
 def check_updated(name: str, samples: int, minimum: int) -> None:

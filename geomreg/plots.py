@@ -424,7 +424,7 @@ def _dissimilarities(name: str, label: str, embeddings: Tensor, dissimilarity: s
     rows = directions(name, embeddings, dissimilarity).cpu()
     norms = rows.square().sum(dim=1)
     rows = rows - rows.mean(dim=0)
-    squares = squared_distances(rows, rows, itself=True).fill_diagonal_(0)
+    squares = squared_distances(rows, rows, own=torch.arange(len(rows)))
     squares = torch.where(squares > 1e-28 * (norms[:, None] + norms), squares, 0.0)
     if dissimilarity == "euclidean":
         return squares.sqrt()

@@ -4,12 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from geomreg.checks import check_directions, check_modality, check_same_samples
-from geomreg.metrics.moments import Moments, collected, with_batch
+from geomreg.checks import check_directions, check_same_samples
+from geomreg.metrics.base import MomentsMetric
+from geomreg.metrics.moments import Moments
 from geomreg.metrics.tiles import ROWS, squared_distances
-from geomreg.types import Embeddings
 
 __all__ = ["ZeroShotAgreement", "ZeroShotBound", "zero_shot_bound"]
 
@@ -62,7 +61,7 @@ def zero_shot_bound(student: Tensor, teacher: Tensor, student_heads: Tensor, tea
         teacher_heads: ``(C, D)`` the same by the teacher.
 
     Returns:
-        :class:`ZeroShotBound`. Of equal cosines the class that comes first is the decision; it is not certified.
+        :class:`ZeroShotBound`. Of cosines that are equal but for rounding any may be the decision; it is not certified.
 
     Scale:
         Shares. Time O(N C D); memory for the similarities of some rows.
@@ -125,7 +124,7 @@ def _bound(decisions: Tensor, shifts: Moments, heads: tuple[Tensor, Tensor]) -> 
     return ZeroShotBound(agreement.mean(), certified.mean(), (1 - turned.min()).clamp(min=0))
 
 
-class ZeroShotAgreement(Metric):
+class ZeroShotAgreement(MomentsMetric):
     """Metric form of :func:`zero_shot_bound`; exact over batches and processes, with three numbers of state a sample.
 
     Args:
@@ -135,33 +134,31 @@ class ZeroShotAgreement(Metric):
     ``update(student, teacher)`` takes :class:`~geomreg.Embeddings`, of which the images count.
     """
 
-    is_differentiable = False
-    full_state_update = False
+    same_width = True
+    modalities = ("image",)
     decisions: list[Tensor]
-    moments: list[Tensor]
     student_heads: Tensor
     teacher_heads: Tensor
 
     def __init__(self, student_heads: Tensor, teacher_heads: Tensor, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.set_dtype(torch.float64)  # of the empty record of a process without data
-        for key, value in zip(("student_heads", "teacher_heads"), _heads("ZeroShotAgreement", student_heads, teacher_heads), strict=True):
+        heads = _heads("ZeroShotAgreement", student_heads, teacher_heads)
+        super().__init__("image", ("decisions",), **kwargs)
+        for key, value in zip(("student_heads", "teacher_heads"), heads, strict=True):
             self.register_buffer(key, value, persistent=False)
-        for state in ("decisions", "moments"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
 
-    def update(self, student: Embeddings, teacher: Embeddings) -> None:
-        """Add one batch; raises before anything is stored."""
-        name, labels = "ZeroShotAgreement", ("student", "teacher", "head")
-        one, two = (check_modality(name, value, "image") for value in (student, teacher))
-        check_same_samples(name, labels[:2], (one, two), minimum=1, same_width=True)
-        check_same_samples(name, labels[1:], (two, self.teacher_heads), minimum=1, same_rows=False, same_width=True)
-        decisions, shifts = _decisions(name, one, two, (self.student_heads, self.teacher_heads))
-        self.moments = with_batch(name, self.moments, Moments.of(shifts))
+    def _check(self, student: Tensor, teacher: Tensor) -> None:
+        super()._check(student, teacher)
+        pair = ("teacher", "head"), (teacher, self.teacher_heads)
+        check_same_samples("ZeroShotAgreement", *pair, minimum=1, same_rows=False, same_width=True)
+
+    def _add(self, student: Tensor, teacher: Tensor) -> None:
+        decisions, shifts = _decisions("ZeroShotAgreement", student, teacher, (self.student_heads, self.teacher_heads))
+        self.moments = [self._collected(Moments.of(shifts)).record()]
         self.decisions.append(decisions.flatten())
 
     def compute(self) -> ZeroShotBound:
         """:class:`ZeroShotBound` over everything collected."""
-        shifts = collected("ZeroShotAgreement", self.moments, 1)
-        decisions = self.decisions if isinstance(self.decisions, Tensor) else torch.cat(self.decisions)
+        self._check_ids()
+        shifts = self._collected()
+        decisions = self._joined("decisions", 1)
         return _bound(decisions.reshape(-1, 3), shifts, (self.student_heads, self.teacher_heads))

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from geomreg.checks import check_collapse, check_modality, check_option, check_same_samples
-from geomreg.metrics.moments import Moments, collected, with_batch
-from geomreg.types import Embeddings
+from geomreg.checks import check_collapse, check_option, check_same_samples
+from geomreg.metrics.base import MomentsMetric
+from geomreg.metrics.moments import Moments
 
 __all__ = ["LinearCKA", "linear_cka"]
 
@@ -84,7 +82,7 @@ def _has_structure(moments: Moments, block: int) -> bool:
     return bool(_dependence(moments, block, block, True) > 1e-12 * moments.block(block, block).square().sum())
 
 
-class LinearCKA(Metric):
+class LinearCKA(MomentsMetric):
     """Metric form of :func:`linear_cka` of student and teacher; exact over batches and processes.
 
     Its state is the sums over samples, O((D + E)^2) numbers however many samples come. An average of the CKA of batches, or of their
@@ -95,26 +93,18 @@ class LinearCKA(Metric):
         unbiased: see :func:`linear_cka`.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    moments: list[Tensor]
 
     def __init__(self, *, modality: str = "image", unbiased: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        check_option("LinearCKA", "modality", modality, ("image", "text", "stacked"))
         check_option("LinearCKA", "unbiased", unbiased, (False, True))
-        self.modality, self.unbiased = modality, unbiased
-        self.set_dtype(torch.float64)  # of the empty record of a process without data
-        self.add_state("moments", default=[], dist_reduce_fx="cat")
+        super().__init__(modality, **kwargs)
+        self.unbiased = unbiased
 
-    def update(self, student: Embeddings, teacher: Embeddings) -> None:
-        """Add one batch; raises before anything is stored."""
-        one, two = (check_modality("LinearCKA", value, self.modality) for value in (student, teacher))
-        check_same_samples("LinearCKA", ("student", "teacher"), (one, two), minimum=1)
-        self.moments = with_batch("LinearCKA", self.moments, Moments.of(one, two))
+    def _moments(self, student: Tensor, teacher: Tensor) -> Moments:
+        return Moments.of(student, teacher)
 
     def compute(self) -> Tensor:
         """0-d fp64 tensor."""
-        moments = collected("LinearCKA", self.moments, 4 if self.unbiased else 3)
+        self._check_ids()
+        moments = self._collected(minimum=4 if self.unbiased else 3)
         return _cka("LinearCKA", ("student", "teacher"), moments, self.unbiased)

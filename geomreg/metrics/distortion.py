@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from geomreg.checks import check_directions, check_distances_differ, check_modality, check_next, check_option, check_samples, check_size
+from geomreg.checks import check_count, check_directions, check_distances_differ, check_option, check_samples, check_size
+from geomreg.metrics.base import PairedMetric
 from geomreg.metrics.moments import Moments
-from geomreg.metrics.tiles import collected_rows, pair_distances
-from geomreg.types import Embeddings
+from geomreg.metrics.tiles import pair_distances
 
 __all__ = ["Distortion", "DistortionBound", "distortion_bound"]
 
@@ -159,7 +158,7 @@ def _pairs(name: str, f: Tensor, p: Tensor, shifts: tuple[Tensor, ...]) -> tuple
     return pairs[0], bounds / pairs[0].rows
 
 
-class Distortion(Metric):
+class Distortion(PairedMetric):
     """Metric form of :func:`distortion_bound`: collects embeddings over batches and processes.
 
     Args:
@@ -168,29 +167,21 @@ class Distortion(Metric):
         max_samples: more rows than this raise in ``compute``: time grows with their square.
     """
 
-    is_differentiable = False
-    full_state_update = False
-
+    same_width = True
     student: list[Tensor]
     teacher: list[Tensor]
 
     def __init__(self, *, modality: str = "image", dissimilarity: str = "euclidean", max_samples: int = 10_000, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         check_option("Distortion", "dissimilarity", dissimilarity, DISSIMILARITIES)
-        check_option("Distortion", "modality", modality, ("image", "text", "stacked"))
-        self.modality, self.dissimilarity, self.max_samples = modality, dissimilarity, max_samples
-        for state in ("student", "teacher"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+        check_count("Distortion", "max_samples", max_samples, 3)
+        super().__init__(modality, ("student", "teacher"), **kwargs)
+        self.dissimilarity, self.max_samples = dissimilarity, max_samples
 
-    def update(self, student: Embeddings, teacher: Embeddings) -> None:
-        """Add one batch; raises before anything is stored."""
-        one, two = (check_modality("Distortion", value, self.modality) for value in (student, teacher))
-        check_samples("Distortion", one, two, minimum=1, same_width=True)
-        check_next("Distortion", self.student, one, "student")
-        self.student.append(one.detach())
-        self.teacher.append(two.detach())
+    def _add(self, student: Tensor, teacher: Tensor) -> None:
+        self._keep(student=student, teacher=teacher)
 
     def compute(self) -> DistortionBound:
         """:class:`DistortionBound` over everything collected."""
-        one, two = collected_rows("Distortion", (self.student, self.teacher), 3, self.max_samples)
+        self._check_ids()
+        one, two = self._kept("student", "teacher", minimum=3, max_samples=self.max_samples)
         return distortion_bound(one, two, dissimilarity=self.dissimilarity)

@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from geomreg.checks import check_modality, check_option, check_same_samples
-from geomreg.metrics.moments import Moments, collected, with_batch
-from geomreg.types import Embeddings
+from geomreg.checks import check_same_samples
+from geomreg.metrics.base import MomentsMetric
+from geomreg.metrics.moments import Moments
 
 __all__ = ["Drift", "DriftParts", "drift"]
 
@@ -36,7 +35,8 @@ def drift(student: Tensor, teacher: Tensor) -> DriftParts:
 
     The effective rank is that of Roy and Vetterli, :math:`\exp(-\sum_k \pi_k \log \pi_k)` with :math:`\pi_k = \sigma_k / \sum_l \sigma_l`
     of the *singular values* of the ``(N, D)`` matrix of difference vectors, here about their mean, so that the common shift is not
-    counted again. Singular values below :math:`\sqrt{D \epsilon}` of the largest (3e-7 at D = 512) count as 0.
+    counted again. Singular values below :math:`\sqrt{D \epsilon}` of the largest (3e-7 at D = 512) count as 0,
+    and so do dispersion and effective rank where :math:`\sqrt V` is below 1e-12 of the mean shift: rounding makes as much.
 
     Args:
         student: ``(N, D)`` embeddings f, as they come.
@@ -91,31 +91,23 @@ def _effective_rank(scatter: Tensor) -> Tensor:
     return entropy.exp()
 
 
-class Drift(Metric):
+class Drift(MomentsMetric):
     """Metric form of :func:`drift`; exact over batches and processes, with O(D^2) numbers of state.
 
     Args:
         modality: ``"image"``, ``"text"``, or ``"stacked"`` (one mean for images and texts, as DiVE has).
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    moments: list[Tensor]
+    same_width = True
 
     def __init__(self, *, modality: str = "image", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        check_option("Drift", "modality", modality, ("image", "text", "stacked"))
-        self.modality = modality
-        self.set_dtype(torch.float64)  # of the empty record of a process without data
-        self.add_state("moments", default=[], dist_reduce_fx="cat")
+        super().__init__(modality, **kwargs)
 
-    def update(self, student: Embeddings, teacher: Embeddings) -> None:
-        """Add one batch; raises before anything is stored."""
-        one, two = (check_modality("Drift", value, self.modality) for value in (student, teacher))
-        check_same_samples("Drift", ("student", "teacher"), (one, two), minimum=1, same_width=True)
-        self.moments = with_batch("Drift", self.moments, _moments(one, two))
+    def _moments(self, student: Tensor, teacher: Tensor) -> Moments:
+        return _moments(student, teacher)
 
     def compute(self) -> DriftParts:
         """:class:`DriftParts` over everything collected."""
-        return _parts(collected("Drift", self.moments, 3))
+        self._check_ids()
+        return _parts(self._collected(minimum=3))

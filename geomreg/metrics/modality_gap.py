@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from geomreg.checks import check_directions, check_modality, check_next_widths, check_option, check_same_samples, check_updated
+from geomreg.checks import check_directions, check_modality, check_next_widths, check_option, check_same_samples
+from geomreg.metrics.base import EmbeddingMetric
 from geomreg.types import Embeddings
 
 __all__ = ["ModalityGap", "modality_gap"]
@@ -57,15 +57,20 @@ def _record(name: str, image: Tensor, text: Tensor, normalize: bool) -> Tensor:
     return torch.cat(parts)
 
 
-def _gap(records: Tensor) -> Tensor:
+def _added(records: Tensor) -> Tensor:
+    """Of all samples: one record."""
     width = int(records[0])
-    sums = records.reshape(-1, 3 + 2 * width)[:, 1:].sum(dim=0).reshape(2, 1 + width)
+    return torch.cat([records[:1], records.reshape(-1, 3 + 2 * width)[:, 1:].sum(dim=0)])
+
+
+def _gap(records: Tensor) -> Tensor:
+    sums = _added(records)[1:].reshape(2, -1)
     means = sums[:, 1:] / sums[:, :1]
     distance: Tensor = torch.linalg.vector_norm(means[0] - means[1])
     return distance
 
 
-class ModalityGap(Metric):
+class ModalityGap(EmbeddingMetric):
     """Metric form of :func:`modality_gap` of one model; exact over batches and processes, with O(D) numbers of state.
 
     ``update(embeddings)`` takes :class:`~geomreg.Embeddings` with both modalities; they need not be equally many.
@@ -74,16 +79,12 @@ class ModalityGap(Metric):
         normalize: see :func:`modality_gap`.
     """
 
-    is_differentiable = False
-    full_state_update = False
     sums: list[Tensor]
 
     def __init__(self, *, normalize: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         check_option("ModalityGap", "normalize", normalize, (False, True))
+        super().__init__(("sums",), (str(normalize),), **kwargs)
         self.normalize = normalize
-        self.set_dtype(torch.float64)  # of the empty record of a process without data
-        self.add_state("sums", default=[], dist_reduce_fx="cat")
 
     def update(self, embeddings: Embeddings) -> None:
         """Add one batch; raises before anything is stored."""
@@ -93,9 +94,12 @@ class ModalityGap(Metric):
         if self.sums:
             check_next_widths("ModalityGap", (int(self.sums[0][0]),), (image.shape[1],))
         self.sums.append(record)
+        self._merge()
+
+    def _merge(self) -> None:
+        if self.sums:
+            self.sums = [_added(torch.cat(self.sums))]
 
     def compute(self) -> Tensor:
         """0-d fp64 tensor."""
-        sums = self.sums if isinstance(self.sums, Tensor) else torch.cat(self.sums) if self.sums else torch.zeros(0)
-        check_updated("ModalityGap", sums.numel(), 1)
-        return _gap(sums)
+        return _gap(self._joined("sums", 1))

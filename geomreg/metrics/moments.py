@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geomreg.checks import check_next_widths, check_updated
 
-__all__ = ["Moments", "collected", "with_batch"]
+__all__ = ["Moments", "collected"]
 
 ENTRIES = 2**22  # numbers of a block of rows that are in fp64 at a time: 32 MB
 
@@ -120,20 +120,11 @@ def _read(records: Tensor) -> Iterator[Moments]:
         yield Moments(widths, *values)
 
 
-def with_batch(name: str, state: list[Tensor], batch: Moments) -> list[Tensor]:
-    """A metric's state, a list of records, with one more batch in it: one record."""
-    return [_together(name, [*(part for record in state for part in _read(record)), batch]).record()]
-
-
 def collected(name: str, state: Tensor | list[Tensor], minimum: int) -> Moments:
-    """Moments in a metric's state, of this or of all processes, of at least ``minimum`` samples."""
+    """Moments in a metric's state, a list of records of this or one vector of all processes, of at least ``minimum`` samples."""
     records = state if isinstance(state, list) else [state]
     parts = [part for record in records for part in _read(record)]
     check_updated(name, int(sum(part.rows for part in parts)), minimum)
-    return _together(name, parts)
-
-
-def _together(name: str, parts: list[Moments]) -> Moments:
     for part in parts:
         check_next_widths(name, parts[0].widths, part.widths)
     return reduce(Moments.merged, parts)

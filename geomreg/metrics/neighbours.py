@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from geomreg.checks import check_below, check_count, check_directions, check_modality, check_next, check_option, check_same_samples
-from geomreg.metrics.tiles import ROWS, collected_rows
-from geomreg.types import Embeddings
+from geomreg.checks import check_below, check_count, check_directions, check_option, check_same_samples
+from geomreg.metrics.base import PairedMetric
+from geomreg.metrics.tiles import ROWS, squared_distances
 
 __all__ = ["MutualKNN", "mutual_knn"]
 
@@ -20,8 +19,8 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int, metric: str = "inner", per_sampl
 
     .. math:: \frac{1}{N} \sum_i \frac{\lvert \mathcal{N}^x_k(i) \cap \mathcal{N}^y_k(i) \rvert}{k}
 
-    with :math:`\mathcal{N}^x_k(i)` the k samples other than i that are nearest to i in x. **Ties** (values that differ by less than 1e-12
-    of the largest possible one, so by rounding alone) go to the sample that comes first, in both spaces.
+    with :math:`\mathcal{N}^x_k(i)` the k samples other than i that are nearest to i in x. **Ties** (values that differ by rounding alone:
+    by less than 1e-11 of a squared distance, or 1e-12 of the product of the norms) go to the sample that comes first, in both spaces.
 
     Args:
         x: ``(N, D)`` embeddings, as they come.
@@ -66,39 +65,36 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int, metric: str = "inner", per_sampl
     shares = torch.empty(len(x), dtype=torch.float64, device=x.device)
     rows = max(1, 4 * ROWS**2 // len(x))
     for start in range(0, len(x), rows):
-        one, two = (_neighbours(*space, slice(start, start + rows), k) for space in ready)
-        shares[start : start + rows] = (one & two).double().sum(dim=1) / k
+        own = torch.arange(start, min(start + rows, len(x)), device=x.device)
+        one, two = (_neighbours(value, own, k, metric) for value in ready)
+        shares[own] = (one & two).double().sum(dim=1) / k
     return shares if per_sample else shares.mean()
 
 
-def _prepared(name: str, label: str, value: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows z and offsets o such that the nearest to i is the one with the largest <z_i, z_j> - o_j; and what counts as rounding for i."""
-    rows = check_directions(name, label, value) if metric == "cosine" else value.detach().double()
-    if metric == "euclidean":
-        rows = rows - rows.mean(dim=0)
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    offsets = norms.square() / 2 if metric == "euclidean" else torch.zeros_like(norms)
-    return rows, offsets, 1e-12 * (norms * norms.max() + offsets.max())
+def _prepared(name: str, label: str, value: Tensor, metric: str) -> Tensor:
+    return check_directions(name, label, value) if metric == "cosine" else value.detach().double()
 
 
-def _neighbours(rows: Tensor, offsets: Tensor, rounding: Tensor, part: slice, k: int) -> Tensor:
-    """``(rows of the part, N)``: True at the k nearest."""
-    own = rows[part]
-    similarity = own @ rows.T - offsets
-    itself = torch.arange(part.start, part.start + len(own), device=rows.device)
-    similarity.scatter_(1, itself[:, None], -torch.inf)
-    last = similarity.topk(k, dim=1).values[:, -1:]
-    near = rounding[part][:, None]
-    chosen: Tensor = similarity >= last - near
+def _neighbours(rows: Tensor, own: Tensor, k: int, metric: str) -> Tensor:
+    """``(P, N)``: True at the k nearest of each of the rows with the numbers ``own``."""
+    if metric == "inner":
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        far, rounding = -(rows[own] @ rows.T), 1e-12 * torch.outer(norms[own], norms)
+    else:
+        far = squared_distances(rows[own], rows, centre=rows.mean(dim=0), own=own)
+        rounding = 1e-11 * far
+    far.scatter_(1, own[:, None], torch.inf)
+    last = far.topk(k, dim=1, largest=False).values[:, -1:]
+    chosen: Tensor = far <= last + rounding
     several = (chosen.sum(dim=1) > k).nonzero()[:, 0]  # rows with more candidates than places
     if len(several):
-        nearer = similarity[several] > (last + near)[several]
+        nearer = far[several] < last[several] - rounding[several]
         tied, free = chosen[several] & ~nearer, k - nearer.sum(dim=1, keepdim=True)
         chosen[several] = nearer | (tied & (tied.cumsum(dim=1) <= free))
     return chosen
 
 
-class MutualKNN(Metric):
+class MutualKNN(PairedMetric):
     """Metric form of :func:`mutual_knn` of student and teacher: collects embeddings over batches and processes.
 
     Args:
@@ -108,32 +104,22 @@ class MutualKNN(Metric):
         max_samples: more rows than this raise in ``compute``: time grows with their square.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     student: list[Tensor]
     teacher: list[Tensor]
 
     def __init__(self, *, k: int, modality: str = "image", metric: str = "inner", max_samples: int = 50_000, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         check_count("MutualKNN", "k", k, 1)
-        check_option("MutualKNN", "modality", modality, ("image", "text", "stacked"))
         check_option("MutualKNN", "metric", metric, METRICS)
         check_count("MutualKNN", "max_samples", max_samples, 3)
-        self.k, self.modality, self.metric, self.max_samples = k, modality, metric, max_samples
-        for state in ("student", "teacher"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+        super().__init__(modality, ("student", "teacher"), **kwargs)
+        self.k, self.metric, self.max_samples = k, metric, max_samples
 
-    def update(self, student: Embeddings, teacher: Embeddings) -> None:
-        """Add one batch; raises before anything is stored."""
-        one, two = (check_modality("MutualKNN", value, self.modality) for value in (student, teacher))
-        check_same_samples("MutualKNN", ("student", "teacher"), (one, two), minimum=1)
-        check_next("MutualKNN", self.student, one, "student")
-        check_next("MutualKNN", self.teacher, two, "teacher")
-        self.student.append(one.detach())
-        self.teacher.append(two.detach())
+    def _add(self, student: Tensor, teacher: Tensor) -> None:
+        self._keep(student=student, teacher=teacher)
 
     def compute(self) -> Tensor:
         """0-d fp64 tensor."""
-        one, two = collected_rows("MutualKNN", (self.student, self.teacher), 3, self.max_samples)
+        self._check_ids()
+        one, two = self._kept("student", "teacher", minimum=3, max_samples=self.max_samples)
         return mutual_knn(one, two, k=self.k, metric=self.metric)

@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from geomreg.checks import check_collapse, check_modality, check_option, check_same_samples
-from geomreg.metrics.moments import Moments, collected, with_batch
-from geomreg.types import Embeddings
+from geomreg.checks import check_collapse, check_same_samples
+from geomreg.metrics.base import MomentsMetric
+from geomreg.metrics.moments import Moments
 
 __all__ = ["Procrustes", "ProcrustesParts", "procrustes"]
 
@@ -115,30 +114,22 @@ def _parts(name: str, moments: Moments) -> ProcrustesParts:
     return ProcrustesParts(translation + dispersion, translation, rotation, scale, left - scale, (1 + growth / before).clamp(min=0))
 
 
-class Procrustes(Metric):
+class Procrustes(MomentsMetric):
     """Metric form of :func:`procrustes`; exact over batches and processes, with O(D^2) numbers of state.
 
     Args:
         modality: ``"image"``, ``"text"``, or ``"stacked"`` (one translation, rotation and factor for images and texts).
     """
 
-    is_differentiable = False
-    full_state_update = False
-    moments: list[Tensor]
+    same_width = True
 
     def __init__(self, *, modality: str = "image", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        check_option("Procrustes", "modality", modality, ("image", "text", "stacked"))
-        self.modality = modality
-        self.set_dtype(torch.float64)  # of the empty record of a process without data
-        self.add_state("moments", default=[], dist_reduce_fx="cat")
+        super().__init__(modality, **kwargs)
 
-    def update(self, student: Embeddings, teacher: Embeddings) -> None:
-        """Add one batch; raises before anything is stored."""
-        one, two = (check_modality("Procrustes", value, self.modality) for value in (student, teacher))
-        check_same_samples("Procrustes", ("student", "teacher"), (one, two), minimum=1, same_width=True)
-        self.moments = with_batch("Procrustes", self.moments, _moments(one, two))
+    def _moments(self, student: Tensor, teacher: Tensor) -> Moments:
+        return _moments(student, teacher)
 
     def compute(self) -> ProcrustesParts:
         """:class:`ProcrustesParts` over everything collected."""
-        return _parts("Procrustes", collected("Procrustes", self.moments, 3))
+        self._check_ids()
+        return _parts("Procrustes", self._collected(minimum=3))

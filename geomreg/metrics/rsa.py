@@ -1,28 +1,25 @@
 """Representational similarity analysis: do two embedding spaces order the same samples by the same distances?"""
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from geomreg.checks import (
     check_count,
+    check_distances_differ,
     check_fraction,
-    check_max_samples,
-    check_modality,
-    check_next,
+    check_next_widths,
     check_option,
-    check_same_ids,
     check_sample_count,
     check_samples,
     check_tensors_or_embeddings,
 )
+from geomreg.metrics.base import PairedMetric
 from geomreg.metrics.rsa_bootstrap import RSAInterval, interval_of
 from geomreg.metrics.rsa_moments import CLOSED, Moments, closed_sums, precise
-from geomreg.metrics.rsa_pairs import Pairs, Space, equal_distances
+from geomreg.metrics.rsa_pairs import Pairs, Space
 from geomreg.metrics.rsa_ranks import BoundedRSA, by_histogram, ranks
 from geomreg.types import Embeddings
 
@@ -223,7 +220,7 @@ def _score(
         return by_histogram(name, pairs, bins)
     values = []
     for value in pairs.gathered():
-        check_spread(name, value)
+        check_distances_differ(name, value.min(), value.max(), len(value))
         values.append(ranks(value))
     return _exact(pearson(name, *values))
 
@@ -240,18 +237,13 @@ def pearson(name: str, one: Tensor, two: Tensor) -> Tensor:
     """Pearson correlation of two vectors in fp64; undefined for a constant one, which raises."""
     deviations = []
     for value in (one, two):
-        check_spread(name, value)
+        check_distances_differ(name, value.min(), value.max(), len(value))
         deviation = value - value.mean()
         deviations.append(deviation / torch.linalg.vector_norm(deviation))
     return torch.dot(deviations[0], deviations[1]).clamp(-1, 1)
 
 
-def check_spread(name: str, value: Tensor) -> None:
-    if value.max() - value.min() <= 1e-12 * value.abs().max():
-        raise equal_distances(name, value.numel())
-
-
-class RSA(Metric):
+class RSA(PairedMetric):
     """Metric form of :func:`rsa` or, with ``level``, of :func:`rsa_interval`: collects embeddings over batches and processes.
 
     Args:
@@ -273,12 +265,10 @@ class RSA(Metric):
     different order on the two sides, or the same sample twice (a distributed sampler that pads), is an error.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = True  # sums of two batches are merged, not added
+    modalities = MODALITIES
     student: list[Tensor]
     teacher: list[Tensor]
-    ids: list[Tensor]
     moments: list[Tensor]
 
     def __init__(
@@ -295,70 +285,48 @@ class RSA(Metric):
         max_samples: int = 10_000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.set_dtype(torch.float64)  # of the empty states of a process without samples
-        check_option("RSA", "modality", modality, MODALITIES)
         check_option("RSA", "dissimilarity", dissimilarity, DISSIMILARITIES)
         check_option("RSA", "correlation", correlation, CORRELATIONS)
         check_option("RSA", "method", method, METHODS if correlation == "spearman" else METHODS[:2])
         if level is not None:
             check_fraction("RSA", "level", level, below_one=True)
+            check_option("RSA", "method with a level", method, ("auto",))
         check_count("RSA", "resamples", resamples, 1)
-        self.modality, self.dissimilarity, self.correlation, self.method = modality, dissimilarity, correlation, method
-        self.level, self.resamples, self.seed, self.max_samples = level, resamples, seed, max_samples
-        self.streams = correlation == "pearson" and dissimilarity in CLOSED and method == "auto" and level is None and not keep_rows
-        for state in ("student", "teacher", "ids", "moments"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+        check_count("RSA", "seed", seed, 0)
+        check_option("RSA", "keep_rows", keep_rows, (False, True))
+        check_count("RSA", "max_samples", max_samples, 3)
+        streams = correlation == "pearson" and dissimilarity in CLOSED and method == "auto" and level is None and not keep_rows
+        states, options = (("moments",), (dissimilarity,)) if streams else (("student", "teacher"), ())
+        super().__init__(modality, states, options, **kwargs)
+        self.dissimilarity, self.correlation, self.method = dissimilarity, correlation, method
+        self.level, self.resamples, self.seed, self.max_samples, self.streams = level, resamples, seed, max_samples, streams
 
-    def update(
-        self,
-        student: Embeddings,
-        teacher: Embeddings,
-        ids: Tensor | Sequence[int] | None = None,
-        teacher_ids: Tensor | Sequence[int] | None = None,
-    ) -> None:
-        """Add one batch; raises before anything is stored."""
-        one, two = (check_modality("RSA", value, self.modality) for value in (student, teacher))
-        check_samples("RSA", one, two, minimum=1)
-        rows = len(one) // self._parts
-        known = check_same_ids("RSA", ids, teacher_ids, rows)
-        self._check_widths(one, two)
-        if (self.moments or self.student) and bool(self.ids) != (known is not None):
-            raise ValueError("RSA: expected ids in every update or in none, got a mixture. Pass ids each time.")
+    def _check(self, student: Tensor, teacher: Tensor) -> None:
+        check_samples("RSA", student, teacher, minimum=1)
+
+    def _add(self, student: Tensor, teacher: Tensor) -> None:
         if self.streams:
-            self.moments = [self._added(one, two)]
-        else:
-            self.student.append(torch.stack(one.detach().chunk(self._parts), dim=1))
-            self.teacher.append(torch.stack(two.detach().chunk(self._parts), dim=1))
-        if known is not None:
-            self.ids.append(known.to(one.device))
+            if self.moments:
+                widths = self.moments[0][:2].long().tolist()
+                check_next_widths("RSA", widths, (student.shape[1], teacher.shape[1]), ("student", "teacher"))
+            self.moments.append(self._record(student, teacher))
+            self._merge()
+        else:  # image and text of a sample side by side
+            one, two = (torch.cat(rows.chunk(self._parts), dim=1) for rows in (student, teacher))
+            self._keep(student=one, teacher=two)
 
-    @property
-    def _parts(self) -> int:
-        return 2 if self.modality in ("stacked", "cross-modal") else 1
-
-    def _check_widths(self, one: Tensor, two: Tensor) -> None:
-        if self.streams:
-            widths = self.moments[0][:2].long().tolist() if self.moments else None
-            before = [[] if widths is None else [one.new_empty(0, width)] for width in widths or (0, 0)]
-        else:
-            before = [[rows[:, 0] for rows in state[:1]] for state in (self.student, self.teacher)]
-        for label, value, collected in (("student", one, before[0]), ("teacher", two, before[1])):
-            check_next("RSA", collected, value, label)
-
-    def _added(self, one: Tensor, two: Tensor) -> Tensor:
-        """Moments of images and texts apart for cross-modal dissimilarities, else of all rows together; with those collected before."""
+    def _record(self, one: Tensor, two: Tensor) -> Tensor:
+        """Moments of images and texts apart for cross-modal dissimilarities, else of all rows together."""
         parts = (one.chunk(2), two.chunk(2)) if self.modality == "cross-modal" else ((one,), (two,))
-        found = [Moments.of_rows("RSA", x, y, self.dissimilarity) for x, y in zip(*parts, strict=True)]
-        if self.moments:
-            found = [old.plus(new) for old, new in zip(self._merged(), found, strict=True)]
-        return torch.cat([one.packed() for one in found])
+        return torch.cat([Moments.of_rows("RSA", x, y, self.dissimilarity).packed() for x, y in zip(*parts, strict=True)])
 
-    def _merged(self) -> list[Moments]:
-        """Of all processes."""
-        collected = _all(self.moments)
-        assert collected is not None  # for the type checker: the callers have looked
-        sets = Moments.unpacked(collected)
+    def _merge(self) -> None:
+        if self.streams and self.moments:
+            self.moments = [torch.cat([one.packed() for one in self._total()])]
+
+    def _total(self) -> list[Moments]:
+        """Of all batches, of this or of all processes."""
+        sets = Moments.unpacked(self._joined("moments", 3))
         step = 2 if self.modality == "cross-modal" else 1
         total = sets[:step]
         for start in range(step, len(sets), step):
@@ -367,18 +335,14 @@ class RSA(Metric):
 
     def compute(self) -> Tensor | RSAInterval:
         """0-d fp64 tensor, or :class:`RSAInterval` with ``level``."""
-        ids = _all(self.ids)
-        if ids is not None and torch.unique(ids).numel() != ids.numel():
-            raise ValueError("RSA: expected every sample once, got repeated ids. Switch off the sampler's padding or drop repeats.")
+        self._check_ids()
         if self.streams:
             return self._streamed()
-        one, two = _all(self.student), _all(self.teacher)
-        if one is None or two is None:
-            raise _no_samples("RSA")
-        check_max_samples("RSA", one.shape[0] * one.shape[1], self.max_samples)
+        student, teacher = self._kept("student", "teacher", minimum=3, max_samples=self.max_samples, parts=self._parts)
         if self._parts == 1:
-            return self._scored(one[:, 0], two[:, 0], None)
-        return self._scored(Embeddings(*one.unbind(dim=1)), Embeddings(*two.unbind(dim=1)), self.modality)
+            return self._scored(student, teacher, None)
+        one, two = (Embeddings(*rows.chunk(2, dim=1)) for rows in (student, teacher))
+        return self._scored(one, two, self.modality)
 
     def _scored(self, student: Tensor | Embeddings, teacher: Tensor | Embeddings, modality: str | None) -> Tensor | RSAInterval:
         kinds = {"dissimilarity": self.dissimilarity, "correlation": self.correlation}
@@ -389,9 +353,7 @@ class RSA(Metric):
         )  # fmt: skip
 
     def _streamed(self) -> Tensor:
-        if _all(self.moments) is None:
-            raise _no_samples("RSA")
-        total = self._merged()
+        total = self._total()
         check_sample_count("rsa", round(float(total[0].weight)), 3)
         sums = total[0].between(total[1]) if len(total) == 2 else total[0].within()
         if not precise(sums):
@@ -400,22 +362,3 @@ class RSA(Metric):
                 "Rounding would show in the sums: pass keep_rows=True, and look for collapsed embeddings."
             )
         return sums.correlation()
-
-
-def gathered(name: str, student: object, teacher: object, max_samples: int) -> tuple[Tensor, Tensor]:
-    """The collected rows of a metric's two states, checked against ``max_samples``."""
-    one, two = _all(student), _all(teacher)
-    if one is None or two is None:
-        raise _no_samples(name)
-    check_max_samples(name, len(one), max_samples)
-    return one, two
-
-
-def _no_samples(name: str) -> ValueError:
-    return ValueError(f"{name}: expected at least 3 samples, got none. Call update() first.")
-
-
-def _all(state: object) -> Tensor | None:
-    if isinstance(state, Tensor):
-        return state
-    return torch.cat(state) if isinstance(state, list) and state else None

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Pairs", "Space", "Sums", "directions", "equal_distances"]
+from geomreg.checks import check_distances_differ
+from geomreg.metrics.tiles import squared_distances
+
+__all__ = ["Pairs", "Space", "Sums", "directions"]
 
 TILE = 512  # rows; a tile and its temporaries stay in cache
-NEAR = 1e-3  # of the squared norms: nearer pairs are computed from differences of vectors, which keeps 12 digits of all others
 PATCH = 64  # rows of a tile of a sample
-CHUNK = 4096  # near pairs gathered at a time
 
 
 class Sums(NamedTuple):
@@ -66,33 +67,14 @@ class Space(NamedTuple):
 
     def tile(self, left: slice, right: slice) -> Tensor:
         """``(l, r)`` dissimilarities of some rows to others; 0 of a row to itself."""
-        x, y = self.rows[left] - self.mean, self.rows[right] - self.mean  # less to cancel in the product
-        a, b = x.square().sum(dim=1), y.square().sum(dim=1)
-        values = torch.addmm(b, x, y.T, alpha=-2).add_(a[:, None])
-        if left == right:
-            values.fill_diagonal_(torch.inf)
-        if bool(values.min() < NEAR * (a.max() + b.max())):
-            _renew_near(values, values < NEAR * (a[:, None] + b), self.rows[left], self.rows[right])
-        if left == right:
-            values.fill_diagonal_(0)
+        own = torch.arange(left.stop - left.start, device=self.rows.device) if left == right else None
+        values = squared_distances(self.rows[left], self.rows[right], centre=self.mean, own=own)
         return values.sqrt_() if self.root else values
 
     def between(self, left: Tensor, right: Tensor) -> Tensor:
         """``(n,)`` dissimilarities of rows ``left`` to rows ``right``, one by one."""
         values = (self.rows[left] - self.rows[right]).square().sum(dim=1)
         return values.sqrt() if self.root else values
-
-
-def _renew_near(values: Tensor, near: Tensor, x: Tensor, y: Tensor) -> None:
-    """From differences of the rows as they come: to subtract a mean rounds them."""
-    if int(near.sum()) > near.numel() // 8:
-        exact = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_()
-        torch.where(near, exact, values, out=values)
-        return
-    rows, columns = near.nonzero(as_tuple=True)
-    for start in range(0, len(rows), CHUNK):
-        i, j = rows[start : start + CHUNK], columns[start : start + CHUNK]
-        values[i, j] = (x[i] - y[j]).square().sum(dim=1)
 
 
 def directions(name: str, embeddings: Tensor, dissimilarity: str) -> Tensor:
@@ -184,15 +166,7 @@ class Pairs(NamedTuple):
             number = p.new_tensor(float(len(p)))
             found = Sums(number, means[0], means[1], torch.dot(p, p), torch.dot(q, q), torch.dot(p, q))
             total = found if total is None else total.plus(found)
-        for low, high in ends:
-            if high - low <= 1e-12 * max(abs(low), abs(high)):
-                raise equal_distances(name, self.number)
+        least, most = torch.tensor(ends, dtype=torch.float64).T
+        check_distances_differ(name, least, most, self.number)
         assert total is not None  # for the type checker: there are pairs
         return total
-
-
-def equal_distances(name: str, count: int) -> ValueError:
-    return ValueError(
-        f"{name}: expected distances that differ, got {count} equal ones. The correlation is undefined; "
-        "look for collapsed embeddings or take more samples."
-    )

@@ -7,7 +7,8 @@ from the two histograms. What is returned is rho', which is cos(r, s) but for an
 1. *Ties included, the part of R that r misses is orthogonal to r and bounded.* Equal values share a bin, so the mid-ranks in a bin of h
    pairs have the bin's mid-rank as their mean: (R - r) is orthogonal to r, which is constant there. Its square sums to at most
    (h^3 - h) / 12 in that bin: h different ranks attain it, and to replace tied ones by their mean is a projection, which only shortens.
-   A bin of one value adds 0. So the angle of R and r is at most theta = arctan sqrt(sum of these / |r|^2).
+   A bin of one value (its least and largest differ by rounding alone, as one more pass may find) adds 0. So the angle of R and r is at
+   most theta = arctan sqrt(sum of these / |r|^2).
 2. *Ties by rounding.* Values that are equal in exact arithmetic may be rounded to both sides of an edge. The true mid-ranks are then a
    projection of those above, which merges groups at edges. All of their T members lie within rounding (``ROUNDING``) of an edge; they are
    counted. The merging moves R by at most sqrt((T^3 - T) / 12), so by an angle of at most tau = arcsin(that / |r|).
@@ -30,7 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geomreg.metrics.rsa_pairs import Pairs, equal_distances
+from geomreg.checks import check_distances_differ
+from geomreg.metrics.rsa_pairs import Pairs
 
 __all__ = ["BoundedRSA", "by_histogram", "ranks"]
 
@@ -55,7 +57,7 @@ def ranks(values: Tensor) -> Tensor:
     """Ranks from 1, the mean rank for ties; values that differ by rounding alone are ties, zero distances included."""
     order = torch.from_numpy(np.argsort(values.numpy())) if values.device.type == "cpu" else values.argsort()  # numpy's is faster
     ordered = values.index_select(0, order)
-    step = ordered.diff() > ROUNDING * ordered[1:].abs() + 1e-12 * ordered[-1].abs()  # wider, and chance would tie some of many pairs
+    step = ordered.diff() > ROUNDING * ordered[1:].abs()  # wider, and chance would tie some of many pairs
     del ordered
     group = torch.cat([step.new_zeros(1, dtype=torch.int32), step.cumsum(dim=0, dtype=torch.int32)])
     counts = torch.bincount(group).double()
@@ -149,8 +151,7 @@ def _wide(pairs: Pairs, chosen: list[Bins], counts: Tensor) -> Tensor:
             bins = chosen[k].positions(value).long()
             low[k].scatter_reduce_(0, bins, value, "amin")
             high[k].scatter_reduce_(0, bins, value, "amax")
-    rounding = torch.tensor([[ROUNDING * max(abs(one.low), abs(one.low + one.number / one.scale))] for one in chosen], device=counts.device)
-    return high - low > rounding
+    return high - low > ROUNDING * high
 
 
 def _guessed(name: str, pairs: Pairs, number: int) -> tuple[list[Bins], list[Tensor]]:
@@ -165,11 +166,9 @@ def _guessed(name: str, pairs: Pairs, number: int) -> tuple[list[Bins], list[Ten
         ordered = torch.cat(parts).sort().values
         low, high = float(ordered[0]), float(ordered[-1])
         if high - low <= 1e-12 * high:  # rare: look at all
-            ends = [(float(tile[k].min()), float(tile[k].max())) for tile in pairs.tiles()]
-            low, high = min(end[0] for end in ends), max(end[1] for end in ends)
-            if high - low <= 1e-12 * high:
-                raise equal_distances(name, pairs.number)
-            candidates = [Bins.of(low, high, number)]
+            least, most = torch.stack([torch.stack(tile[k].aminmax()) for tile in pairs.tiles()]).T
+            check_distances_differ(name, least.min(), most.max(), pairs.number)
+            candidates = [Bins.of(float(least.min()), float(most.max()), number)]
         else:
             tails = (float(ordered[-1 - int(tail * len(ordered))]) for tail in (0, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2))
             candidates = [Bins.of(low, one, number) for one in tails if one - low > 1e-12 * one]

@@ -5,19 +5,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from geomreg.checks import (
     check_count,
     check_directions,
-    check_next,
     check_option,
     check_pairs_present,
     check_positive,
     check_same_samples,
     check_student,
 )
-from geomreg.metrics.tiles import collected_rows, pair_distances, row_blocks, squared_distances
+from geomreg.metrics.base import EmbeddingMetric
+from geomreg.metrics.tiles import pair_distances, row_blocks, squared_distances
 from geomreg.types import Embeddings
 
 __all__ = ["AlignmentUniformity", "AlignmentUniformityParts", "alignment", "uniformity"]
@@ -136,7 +135,7 @@ class AlignmentUniformityParts(NamedTuple):
     cross: Tensor
 
 
-class AlignmentUniformity(Metric):
+class AlignmentUniformity(EmbeddingMetric):
     """Metric form of :func:`alignment` and :func:`uniformity` of one model: collects pairs over batches and processes.
 
     ``update(embeddings)`` takes :class:`~geomreg.Embeddings` with both modalities, row j of both belonging to pair j.
@@ -148,32 +147,26 @@ class AlignmentUniformity(Metric):
         max_samples: more pairs than this raise in ``compute``: time grows with their square.
     """
 
-    is_differentiable = False
-    full_state_update = False
     image: list[Tensor]
     text: list[Tensor]
 
     def __init__(self, *, alpha: float = 2.0, t: float = 2.0, normalize: bool = True, max_samples: int = 50_000, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         check_positive("AlignmentUniformity", "alpha", alpha)
         check_positive("AlignmentUniformity", "t", t)
         check_option("AlignmentUniformity", "normalize", normalize, (False, True))
         check_count("AlignmentUniformity", "max_samples", max_samples, 2)
+        super().__init__(("image", "text"), **kwargs)
         self.alpha, self.t, self.normalize, self.max_samples = alpha, t, normalize, max_samples
-        for state in ("image", "text"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(self, embeddings: Embeddings) -> None:
         """Add one batch of pairs; raises before anything is stored."""
         image, text = check_pairs_present("AlignmentUniformity", check_student("AlignmentUniformity", embeddings))
         check_same_samples("AlignmentUniformity", ("image", "text"), (image, text), minimum=1, same_width=True)
-        check_next("AlignmentUniformity", self.image, image, "image")
-        self.image.append(image.detach())
-        self.text.append(text.detach())
+        self._keep(image=image, text=text)
 
     def compute(self) -> AlignmentUniformityParts:
         """:class:`AlignmentUniformityParts` over everything collected."""
-        image, text = collected_rows("AlignmentUniformity", (self.image, self.text), 2, self.max_samples)
+        image, text = self._kept("image", "text", minimum=2, max_samples=self.max_samples)
         return AlignmentUniformityParts(
             alignment(image, text, alpha=self.alpha, normalize=self.normalize),
             uniformity(image, t=self.t, normalize=self.normalize),

@@ -672,8 +672,20 @@ FOUR = batch(6, 10)
     ("modality", "arguments", "error", "expected", "got"),
     [
         ("image", {"student": Embeddings(torch.full((4, 6), math.nan))}, ValueError, "finite student embeddings", "NaN or infinity"),
-        ("image", {"teacher": batch(6, 9)[1]}, ValueError, "embeddings of one shape", r"\(4, 6\) and \(3, 6\)"),
-        ("image", {"teacher": Embeddings(FOUR[1].image[:, :5])}, ValueError, "embeddings of one shape", r"\(4, 6\) and \(4, 5\)"),
+        (
+            "image",
+            {"teacher": batch(6, 9)[1]},
+            ValueError,
+            "student and teacher embeddings of the same samples",
+            r"shapes \(4, 6\) and \(3, 6\)",
+        ),
+        (
+            "image",
+            {"teacher": Embeddings(FOUR[1].image[:, :5])},
+            ValueError,
+            "student and teacher embeddings of one width",
+            r"shapes \(4, 6\) and \(4, 5\)",
+        ),
         ("text", {"student": Embeddings(FOUR[0].image)}, ValueError, 'text embeddings for modality="text"', "None"),
         ("stacked", {"teacher": Embeddings(text=FOUR[1].text)}, ValueError, 'image embeddings for modality="stacked"', "None"),
         (

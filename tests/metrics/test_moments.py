@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from geomreg.metrics.moments import Moments, collected, with_batch
+from geomreg.metrics.moments import Moments, collected
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -44,8 +44,8 @@ def test_batches_equal_all_rows(cuts, widths, seed):
     edges = sorted({0, 12, *cuts})
     state: list[Tensor] = []
     for start, stop in itertools.pairwise(edges):
-        state = with_batch("test", state, Moments.of(*(value[start:stop] for value in blocks)))
-    assert len(state) == 1
+        batch = Moments.of(*(value[start:stop] for value in blocks))
+        state = [collected("test", [*state, batch.record()], 1).record()]
     check(collected("test", state, 1), *blocks)
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from batches import rotation
@@ -158,3 +159,30 @@ def test_value_errors(x, y, options, expected, got):
 def test_type_error():
     with pytest.raises(TypeError, match=re.escape("mutual_knn: expected x embeddings as a tensor of shape (B, D), got list.")):
         mutual_knn([[1.0]], GOOD, k=1)
+
+
+@pytest.mark.parametrize("metric", ["inner", "cosine", "euclidean"])
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e12])
+def test_an_outlier_makes_no_ties(metric, size):
+    """Each sample's neighbours by a loop in extended precision."""
+    one, two = randn(60, 6, seed=1), randn(60, 6, seed=2)
+    one[0] *= size
+    two[7] *= size
+    neighbours = []
+    for rows in (one, two):
+        x = rows.numpy().astype(np.longdouble)
+        if metric == "cosine":
+            x = x / np.sqrt((x * x).sum(axis=1, keepdims=True))
+        far = ((x[:, None] - x[None]) ** 2).sum(axis=2) if metric == "euclidean" else -(x @ x.T)
+        np.fill_diagonal(far, np.inf)
+        neighbours.append(np.argsort(far, axis=1)[:, :5])
+    shares = [len(set(p) & set(q)) / 5 for p, q in zip(*neighbours, strict=True)]
+    found = mutual_knn(one, two, k=5, metric=metric, per_sample=True).tolist()
+    ordinary = [row for row in range(60) if row not in (0, 7)]  # seen from an outlier all others are alike
+    assert [found[row] for row in ordinary] == [shares[row] for row in ordinary]
+
+
+def test_neighbours_of_rows_that_differ_in_the_seventh_digit():
+    rows = randn(40, 6, seed=1).round(decimals=3)
+    far = 2.0**20 + rows
+    assert float(mutual_knn(far, far - 2.0**20, k=5, metric="euclidean")) == 1

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import pearsonr
 from torch import Tensor
 
-from geomreg.metrics import rsa_pairs
+from geomreg.metrics import rsa_pairs, tiles
 from geomreg.metrics.rsa_pairs import Pairs, Space, Sums
 
 
@@ -111,6 +111,6 @@ def test_distances_one_by_one(left, right):
 @pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine"])
 def test_a_common_offset_makes_no_pair_near(dissimilarity, monkeypatch):
     """Which would be right, and slow."""
-    monkeypatch.delattr(rsa_pairs, "_renew_near")
+    monkeypatch.delattr(tiles, "_renew_near")
     space = Space.of("test", 1e3 + randn(70, 48), dissimilarity)
     assert space.tile(slice(0, 30), slice(30, 70)).isfinite().all()

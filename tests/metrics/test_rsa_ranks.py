@@ -45,8 +45,8 @@ def test_ranks_equal_scipys(values):
 
 
 def test_ranks_of_values_that_rounding_separates():
-    values = torch.tensor([3.0, 1.0, 1.0 + 1e-12, 2.0, 0.0, 1e-15, 3.0 * (1 - 2.0**-52)], dtype=torch.float64)
-    assert ranks(values).tolist() == [6.5, 3.5, 3.5, 5.0, 1.5, 1.5, 6.5]
+    values = torch.tensor([3.0, 1.0, 1.0 + 1e-12, 2.0, 0.0, 0.0, 1e-15, 3.0 * (1 - 2.0**-52)], dtype=torch.float64)
+    assert ranks(values).tolist() == [7.5, 4.5, 4.5, 6.0, 1.5, 1.5, 3.0, 7.5]
 
 
 def test_few_of_many_values_tie_by_chance():
@@ -235,3 +235,59 @@ def test_equal_distances_raise(rows):
 def test_bins(bins):
     with pytest.raises(ValueError, match=r"^bounded_rsa: expected bins as a whole number >= 8, got"):
         bounded_rsa(randn(5, 3), randn(5, 3), bins=bins)
+
+
+# data of many scales --------------------------------------------------------------------------------------------------
+
+
+def many_scales(kind: str, rows: int) -> tuple[Tensor, Tensor]:
+    student = randn(rows, 8)
+    teacher = student + 0.3 * randn(rows, 8, seed=1)
+    if kind == "an outlier":
+        student[0] *= 1e6
+        teacher[0] *= 1e6
+    elif kind == "norms of many sizes":
+        student, teacher = student * (3 * randn(rows, 1, seed=2)).exp(), teacher * (3 * randn(rows, 1, seed=3)).exp()
+    else:
+        centres = randn(5, 8, seed=4).repeat(rows // 5, 1)
+        student, teacher = centres + 1e-6 * student, centres + 1e-6 * teacher
+    return student, teacher
+
+
+@pytest.mark.parametrize("kind", ["an outlier", "norms of many sizes", "tight clusters"])
+@pytest.mark.parametrize("dissimilarity", ["euclidean", "sqeuclidean", "cosine"])
+def test_far_pairs_do_not_tie_near_ones(kind, dissimilarity):
+    student, teacher = many_scales(kind, 300)
+    found = [pdist(rows, dissimilarity) for rows in (student, teacher)]
+    expected = spearmanr(*found).statistic
+    options = {"dissimilarity": dissimilarity}
+    # where clusters are tight, pairs of two of them differ by 1e-10: some are taken as tied
+    near = 1e-7 if kind == "tight clusters" else 1e-9
+    assert float(rsa(student, teacher, correlation="spearman", **options)) == pytest.approx(expected, abs=near)
+    for bins in (64, 1 << 12, 1 << 17):
+        value, bound = bounded_rsa(student, teacher, bins=bins, **options)
+        assert abs(float(value) - expected) <= bound
+
+
+def test_a_monotone_dissimilarity_has_the_same_ranks():
+    student, teacher = many_scales("norms of many sizes", 120)
+    one, two = (rsa(student, teacher, correlation="spearman", dissimilarity=name) for name in ("euclidean", "sqeuclidean"))
+    assert float(one) == pytest.approx(float(two), abs=1e-12)
+
+
+@pytest.mark.parametrize("dissimilarity", ["euclidean", "cosine"])
+def test_copies_tie_after_a_rotation(dissimilarity):
+    """Distances of 0 that rounding makes 1e-16."""
+    student = randn(6, 8).repeat(4, 1) * (1 if dissimilarity == "euclidean" else randn(24, 1, seed=1).exp())
+    turn = torch.linalg.qr(randn(8, 8, seed=2)).Q
+    assert float(rsa(student @ turn, student, correlation="spearman", dissimilarity=dissimilarity)) == pytest.approx(1, abs=1e-12)
+
+
+def pdist(rows: Tensor, dissimilarity: str) -> np.ndarray:
+    """From differences, of unit vectors in extended precision for cosine."""
+    x = rows.numpy().astype(np.longdouble)
+    if dissimilarity == "cosine":
+        x = x / np.sqrt((x * x).sum(axis=1, keepdims=True))
+    one, two = np.triu_indices(len(x), 1)
+    squares = ((x[one] - x[two]) ** 2).sum(axis=1)
+    return np.sqrt(squares) if dissimilarity == "euclidean" else squares
