@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class DriftMonitor:
         min_rsa: limit on every RSA (Pearson, Euclidean).
         max_mean_shift: limit on the norm of every mean difference vector.
         on_alarm: called with an :class:`Alarm` for each limit passed; if it returns true, ``stopped`` becomes true. None: a warning.
+            An exception that it raises comes out of :meth:`compute`, when all that was collected is used up.
 
     Attributes:
         stopped: an alarm's callback asked for it.
@@ -209,9 +211,11 @@ class DriftMonitor:
 
 
 def _geometry(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    try:
-        moved, bound = drift(student, teacher), distortion_bound(student, teacher)
-    except ValueError:  # NaN, or embeddings that are all alike: there is no correlation of their distances
-        return dict.fromkeys(("rsa", "rsa_bound", "mean_shift", "dispersion"), math.nan)
-    numbers = {"rsa": bound.rsa, "rsa_bound": bound.aligned_rsa_bound, "mean_shift": moved.mean_shift, "dispersion": moved.dispersion}
-    return {key: float(value) for key, value in numbers.items()}
+    found = dict.fromkeys(("rsa", "rsa_bound", "mean_shift", "dispersion"), math.nan)
+    with suppress(ValueError):  # NaN in the embeddings
+        moved = drift(student, teacher)
+        found |= {"mean_shift": float(moved.mean_shift), "dispersion": float(moved.dispersion)}
+    with suppress(ValueError):  # or equal distances alone: they have no correlation
+        bound = distortion_bound(student, teacher)
+        found |= {"rsa": float(bound.rsa), "rsa_bound": float(bound.aligned_rsa_bound)}
+    return found

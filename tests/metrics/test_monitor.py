@@ -145,6 +145,38 @@ def test_what_is_not_defined_is_beyond_every_limit(spoilt):
     assert [alarm.name for alarm in alarms] == ["image/rsa"]
 
 
+def test_each_number_is_undefined_by_itself():
+    """Equal distances have no correlation; the shift and the dispersion are defined all the same. NaN leaves none."""
+    alarms = []
+    monitor = DriftMonitor(max_mean_shift=0.1, on_alarm=alarms.append)
+    monitor.update(Embeddings(image=torch.eye(8)), Embeddings(image=torch.eye(8)))
+    report = monitor.compute()
+    assert (report["image/mean_shift"], report["image/dispersion"]) == (0.0, 0.0)
+    assert math.isnan(report["image/rsa"])
+    assert math.isnan(report["image/rsa_bound"])
+    assert alarms == []
+    monitor.update(Embeddings(image=torch.full((8, 8), math.nan)), Embeddings(image=torch.eye(8)))
+    report = monitor.compute()
+    assert list(report) == ["image/rsa", "image/rsa_bound", "image/mean_shift", "image/dispersion"]
+    assert all(math.isnan(value) for value in report.values())
+    assert [alarm.name for alarm in alarms] == ["image/mean_shift"]
+
+
+def test_an_exception_of_the_callback_comes_out_and_nothing_is_left():
+    def refuse(alarm):
+        raise KeyboardInterrupt(alarm.name)
+
+    monitor = DriftMonitor(max_mean_shift=0.5, on_alarm=refuse)
+    teacher = vectors(9, 1)
+    monitor.update(Embeddings(image=teacher + 1), Embeddings(image=teacher))
+    with pytest.raises(KeyboardInterrupt, match="image/mean_shift"):
+        monitor.compute()
+    assert not monitor.stopped
+    assert monitor.compute() == {}
+    monitor.update(Embeddings(image=teacher), Embeddings(image=teacher))
+    assert monitor.compute()["image/mean_shift"] == 0.0
+
+
 def test_gradient_ratio():
     value = torch.ones(3, 2, requires_grad=True)
     monitor = DriftMonitor()
