@@ -69,6 +69,7 @@ __all__ = [
     "check_scale",
     "check_size",
     "check_student",
+    "check_teacher",
     "check_tensors_or_embeddings",
     "check_updated",
     "check_weight",
@@ -148,6 +149,13 @@ def check_student(name: str, student: Embeddings) -> Embeddings:
     if not isinstance(student, Embeddings):
         raise TypeError(f"{name}: expected student as geomreg.Embeddings(image=, text=), got {describe(student)}. Wrap the tensors.")
     return student
+
+
+def check_teacher(name: str, teacher: Embeddings) -> Embeddings:
+    """The argument is ``Embeddings``."""
+    if not isinstance(teacher, Embeddings):
+        raise TypeError(f"{name}: expected teacher as geomreg.Embeddings(image=, text=), got {describe(teacher)}. Wrap the tensors.")
+    return teacher
 
 
 def check_width(name: str, embeddings: Embeddings) -> int:

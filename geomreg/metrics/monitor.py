@@ -12,12 +12,14 @@ from torch import Tensor
 from geomreg.checks import (
     check_callable,
     check_count,
-    check_embeddings,
     check_labels,
     check_matrix,
+    check_pair,
     check_positive,
     check_student,
+    check_teacher,
     check_weight,
+    describe,
 )
 from geomreg.gradients import GradientNorms
 from geomreg.metrics.distortion import distortion_bound
@@ -123,13 +125,31 @@ class DriftMonitor:
         return step % self.every == 0
 
     def update(self, student: Embeddings, teacher: Embeddings) -> None:
-        """Add a batch, as a regularizer sees it: row i of both belongs to one sample. Modalities that one of them lacks are left out."""
-        check_student("DriftMonitor", student)
-        both = [field for field in Embeddings._fields if getattr(student, field) is not None and getattr(teacher, field, None) is not None]
-        seen, known = (Embeddings(**{field: getattr(one, field).detach() for field in both}) for one in (student, teacher))
-        check_embeddings("DriftMonitor", seen, known)
-        for field in both:
-            self._rows[field].append((getattr(seen, field), getattr(known, field)))
+        """Add a batch, as a regularizer sees it: row i of both belongs to one sample. Modalities that one of them lacks are left out.
+
+        Raises:
+            TypeError, ValueError: not Embeddings of the same samples, or of another width than before; nothing is stored then.
+        """
+        name = "DriftMonitor"
+        check_student(name, student)
+        check_teacher(name, teacher)
+        batch: dict[str, tuple[Tensor, Tensor]] = {}
+        for field, seen, known in zip(Embeddings._fields, student, teacher, strict=True):
+            if seen is None or known is None:
+                continue
+            one, two = (check_matrix(name, f"{field} {label}", value).detach() for label, value in (("student", seen), ("teacher", known)))
+            check_pair(name, one, two, field)
+            for kept, _ in self._rows[field][-1:]:
+                if (kept.shape[1], kept.device) != (one.shape[1], one.device):
+                    raise ValueError(
+                        f"{name}: expected {field} embeddings of width {kept.shape[1]} on {kept.device} as before, got {describe(one)} on "
+                        f"{one.device}. Call compute() between models."
+                    )
+            batch[field] = one, two
+        if not batch:
+            raise ValueError(f"{name}: expected image or text embeddings from both models, got none of one kind. Embed the same with both.")
+        for field, pair in batch.items():
+            self._rows[field].append(pair)
             while sum(len(kept) for kept, _ in self._rows[field][1:]) >= self.max_samples:
                 self._rows[field].pop(0)
 

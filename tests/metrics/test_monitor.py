@@ -226,8 +226,33 @@ def test_bad_options(options, message):
         DriftMonitor(**options)
 
 
-def test_bad_batches():
-    with pytest.raises(ValueError, match=r"^DriftMonitor: expected"):
-        DriftMonitor().update(Embeddings(image=vectors(4, 1)), Embeddings(image=vectors(5, 1)))
-    with pytest.raises(TypeError, match=r"^DriftMonitor: expected"):
-        DriftMonitor().update(vectors(4, 1), Embeddings(image=vectors(4, 1)))
+@pytest.mark.parametrize("other", [vectors(5, 3, 7), vectors(5, 3).to("meta")], ids=["width", "device"])
+def test_a_batch_of_another_kind_than_before_is_not_stored(other):
+    """Nor are the images of the same batch, which fit."""
+    image, text = vectors(5, 1), vectors(5, 2)
+    monitor = DriftMonitor()
+    monitor.update(Embeddings(image, text), Embeddings(image, text))
+    with pytest.raises(ValueError, match=r"^DriftMonitor: expected text embeddings of width 6 on cpu as before, got .* Call compute\(\)"):
+        monitor.update(Embeddings(image, other), Embeddings(image, other))
+    assert [len(rows) for rows in monitor._rows.values()] == [1, 1]
+    assert monitor.compute()["stacked/rsa"] == pytest.approx(1.0)
+    if other.shape[1] == 7:
+        monitor.update(Embeddings(text=other), Embeddings(text=other))  # the collection begins anew
+        assert monitor.compute()["text/rsa"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "message"),
+    [
+        (Embeddings(vectors(4, 1)), vectors(4, 1), TypeError, "teacher as geomreg.Embeddings.*, got float32 tensor"),
+        (Embeddings(vectors(4, 1)), None, TypeError, "teacher as geomreg.Embeddings.*, got None"),
+        (vectors(4, 1), Embeddings(vectors(4, 1)), TypeError, "student as geomreg.Embeddings.*, got float32 tensor"),
+        (Embeddings([[1.0]]), Embeddings(vectors(4, 1)), TypeError, "image student embeddings as a tensor.*, got list"),
+        (Embeddings(vectors(4, 1)), Embeddings(vectors(5, 1)), ValueError, "image student and teacher embeddings of one shape"),
+        (Embeddings(vectors(4, 1)), Embeddings(text=vectors(4, 1)), ValueError, "image or text embeddings from both models, got none"),
+        (Embeddings(), Embeddings(), ValueError, "image or text embeddings from both models, got none"),
+    ],
+)
+def test_bad_batches(student, teacher, error, message):
+    with pytest.raises(error, match=rf"^DriftMonitor: expected {message}"):
+        DriftMonitor().update(student, teacher)
