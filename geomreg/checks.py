@@ -23,6 +23,7 @@ __all__ = [
     "check_callable",
     "check_choices",
     "check_chunks",
+    "check_class_numbers",
     "check_classes",
     "check_collapse",
     "check_common_ids",
@@ -299,6 +300,14 @@ def check_labels(name: str, labels: Tensor | None, rows: int, *, matrix: bool = 
     if not soft and not integers:
         more = f" or floating-point soft labels of shape ({rows}, {rows})" if matrix else ""
         raise ValueError(f"{name}: expected labels as integers of shape ({rows},){more}, got {describe(labels)}. One label a pair.")
+
+
+def check_class_numbers(name: str, labels: Tensor | None, classes: int) -> None:
+    """None, or integer labels of classes that there are."""
+    if labels is not None and (wrong := labels[(labels < 0) | (labels >= classes)]).numel():
+        raise ValueError(
+            f"{name}: expected labels from 0 to {classes - 1}, one of {classes} classes, got {int(wrong[0])}. Number the classes."
+        )
 
 
 def check_one_number(name: str, label: str, value: float | Tensor) -> None:

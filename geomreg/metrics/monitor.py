@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from geomreg.checks import (
+    check_bank,
     check_callable,
+    check_class_numbers,
     check_count,
+    check_finite,
     check_labels,
     check_matrix,
+    check_number,
     check_pair,
     check_positive,
     check_student,
@@ -24,6 +28,7 @@ from geomreg.checks import (
 from geomreg.gradients import GradientNorms
 from geomreg.metrics.distortion import distortion_bound
 from geomreg.metrics.drift import drift
+from geomreg.precision import common_precision, full_precision
 from geomreg.types import Embeddings
 
 __all__ = ["Alarm", "DriftMonitor"]
@@ -60,7 +65,7 @@ class DriftMonitor:
         probe: ``probe() -> (image (N, D), classes (C, D))``, embeddings by the student as it is now of N labelled images and of C classes,
             in evaluation mode; run without gradient. Its first result, now, is the start that later ones are compared with: construct the
             monitor before training. None: no probe.
-        labels: ``(N,)`` classes of the probe's images.
+        labels: ``(N,)`` classes of the probe's images, rows of its class embeddings.
         every: steps between measurements, for :meth:`due`.
         max_samples: of :meth:`update`, the newest; time grows with its square.
         max_zero_shot_drop: limit on the fall of the probe's zero-shot accuracy since the start, in points.
@@ -74,7 +79,8 @@ class DriftMonitor:
         norms: :class:`~geomreg.gradients.GradientNorms`; what passes through ``norms.watch`` adds ``gradient_ratio`` to the report.
 
     Raises:
-        TypeError, ValueError: a probe without labels, with others than it has images, or with embeddings of two widths; bad limits.
+        TypeError, ValueError: a probe without labels, with others than it has images or classes, that returns something else, embeddings of
+            two widths or, at the start, NaN or infinity; bad limits.
 
     Example:
         >>> import torch
@@ -106,10 +112,14 @@ class DriftMonitor:
             check_weight(name, "max_zero_shot_drop", max_zero_shot_drop)
         if max_mean_shift is not None:
             check_positive(name, "max_mean_shift", max_mean_shift)
-        if min_rsa is not None and not -1 <= min_rsa <= 1:
-            raise ValueError(f"{name}: expected min_rsa between -1 and 1, got {min_rsa!r}. Pass 0.9, say.")
+        if min_rsa is not None:
+            check_number(name, "min_rsa", min_rsa)
+            if not -1 <= min_rsa <= 1:
+                raise ValueError(f"{name}: expected min_rsa between -1 and 1, got {min_rsa!r}. Pass 0.9, say.")
         if on_alarm is not None:
             check_callable(name, "on_alarm", on_alarm, "of an Alarm")
+        if probe is not None:
+            check_callable(name, "probe", probe, "that returns (image, classes)")
         if (probe is None) != (labels is None):
             raise ValueError(f"{name}: expected probe and labels together, got one without the other. Pass both or none.")
         if max_zero_shot_drop is not None and probe is None:
@@ -118,7 +128,9 @@ class DriftMonitor:
         self.limits = {"zero_shot_drop": max_zero_shot_drop, "rsa": min_rsa, "mean_shift": max_mean_shift}
         self.on_alarm, self.stopped, self.norms = on_alarm, False, GradientNorms()
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {"image": [], "text": []}
-        self._start = self._probed()
+        self._start: tuple[Tensor, Tensor] | None = None
+        if (found := self._probed()) is not None:
+            self._begin(*found)
 
     def due(self, step: int) -> bool:
         """Whether :meth:`compute` should be called after this step, counted from 1."""
@@ -170,9 +182,10 @@ class DriftMonitor:
         if len(pairs) == 2 and pairs["image"][0].shape == pairs["text"][0].shape:
             pairs["stacked"] = tuple(torch.cat(both) for both in zip(*pairs.values(), strict=True))  # type: ignore[assignment]
         if self._start is not None and (found := self._probed()) is not None:
-            pairs["probe"] = (found[0], self._start[0])
-            start, now = (self._accuracy(*one) for one in (self._start, found))
-            report |= {"probe/zero_shot": now, "probe/zero_shot_start": start, "probe/zero_shot_drop": start - now}
+            pairs["probe"] = (found[0], self._start[0].to(found[0].device))
+            start, now = (self._right(*one) for one in (self._start, found))
+            counts = {"probe/zero_shot": now, "probe/zero_shot_start": start, "probe/zero_shot_drop": start - now}
+            report |= {key: 100 * count / len(found[0]) for key, count in counts.items()}  # the limit itself is not beyond it
         for name, (student, teacher) in pairs.items():
             if len(student) >= FEWEST:
                 report |= {f"{name}/{key}": value for key, value in _geometry(student, teacher).items()}
@@ -189,10 +202,16 @@ class DriftMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare with the start of an earlier run."""
-        if bool(state) != (self._start is not None):
-            raise ValueError("DriftMonitor: expected the state of a monitor with the same probe, got another. Construct it alike.")
+        if state.keys() != (known := self.state_dict()).keys():
+            raise ValueError(
+                f"DriftMonitor: expected the state of a monitor with the same probe, with entries {list(known)}, got {list(state)}. "
+                "Construct it alike."
+            )
         if self._start is not None:
-            self._start = (state["image"].to(self._start[0].device), state["classes"].to(self._start[1].device))
+            for label, value in (("probe image", state["image"]), ("probe class", state["classes"])):
+                check_matrix("DriftMonitor", label, value)
+            self._check_like_start(state["image"], state["classes"])
+            self._begin(state["image"].to(self._start[0].device), state["classes"].to(self._start[1].device))
 
     def _newest(self, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         student, teacher = (torch.cat(side)[-self.max_samples :] for side in zip(*rows, strict=True))
@@ -202,20 +221,39 @@ class DriftMonitor:
     def _probed(self) -> tuple[Tensor, Tensor] | None:
         if self.probe is None:
             return None
-        image, classes = self.probe()
-        for label, value in (("probe image", image), ("probe class", classes)):
-            check_matrix("DriftMonitor", label, value)
-        check_labels("DriftMonitor", self.labels, len(image))  # there are some: see the constructor
-        if image.shape[1] != classes.shape[1]:
-            raise ValueError(
-                f"DriftMonitor: expected images and classes of one width from probe, got {image.shape[1]} and {classes.shape[1]}. "
-                "Embed them into one space."
-            )
+        name, found = "DriftMonitor", self.probe()
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            got = f"{len(found)} values" if isinstance(found, (tuple, list)) else describe(found)
+            raise TypeError(f"{name}: expected (image (N, D), classes (C, D)) from probe, got {got}. Return two tensors.")
+        image, classes = (check_matrix(name, label, value) for label, value in zip(("probe image", "probe class"), found, strict=True))
+        check_bank(name, "probe class", classes, image)
+        check_labels(name, self.labels, len(image))  # there are some: see the constructor
+        check_class_numbers(name, self.labels, len(classes))
+        self._check_like_start(image, classes)
         return image.detach(), classes.detach()
 
-    def _accuracy(self, image: Tensor, classes: Tensor) -> float:
-        guesses = (image @ classes.T).argmax(dim=1).cpu()
-        return 100 * float((guesses == torch.as_tensor(self.labels, device="cpu")).double().mean())
+    def _begin(self, image: Tensor, classes: Tensor) -> None:
+        """Compare with these from now on."""
+        for label, value in (("image", image), ("class", classes)):
+            check_finite("DriftMonitor", f"probe {label} embeddings at the start", value)
+        self._start = image, classes
+
+    def _check_like_start(self, image: Tensor, classes: Tensor) -> None:
+        if self._start is not None and (image.shape, classes.shape) != (self._start[0].shape, self._start[1].shape):
+            before, now = (f"{tuple(one.shape)} and {tuple(two.shape)}" for one, two in (self._start, (image, classes)))
+            raise ValueError(
+                f"DriftMonitor: expected probe image and class embeddings of shapes {before} as at the start, got {now}. "
+                "Embed the same images and classes."
+            )
+
+    def _right(self, image: Tensor, classes: Tensor) -> float:
+        """Number of images whose nearest class is theirs; NaN if an embedding has NaN or infinity, which reaches its scores."""
+        with full_precision(image):
+            image, classes = common_precision(image, classes)
+            scores = image @ classes.T
+        if not bool(scores.isfinite().all()):
+            return math.nan
+        return float((scores.argmax(dim=1).cpu() == torch.as_tensor(self.labels, device="cpu")).sum())
 
     def _raise_alarms(self, report: dict[str, float]) -> None:
         for name, value in report.items():

@@ -135,6 +135,62 @@ def test_without_a_callback_it_warns():
         monitor.compute()
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["image", "classes"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_probe_with_nan_is_an_alarm(which, value):
+    """Also where the guesses, of rows without NaN, are right."""
+    found, alarms = [torch.eye(4, 6), torch.eye(4, 6)], []
+    monitor = DriftMonitor(probe=lambda: tuple(found), labels=torch.arange(4), max_zero_shot_drop=100.0, on_alarm=alarms.append)
+    found[which] = found[which].clone()
+    found[which][0, 0] = value
+    report = monitor.compute()
+    assert math.isnan(report["probe/zero_shot"])
+    assert report["probe/zero_shot_start"] == 100.0
+    assert [alarm.name for alarm in alarms] == ["probe/zero_shot_drop"]
+    assert math.isnan(alarms[0].value)
+
+
+@pytest.mark.parametrize("samples", [100, 300, 7])
+def test_the_limit_itself_is_no_alarm(samples):
+    """For every number of right answers at the start."""
+    labels, fallen = torch.zeros(samples, dtype=torch.long), max(1, samples // 50)
+    classes = torch.eye(2)
+    for right in range(fallen, samples + 1, max(1, samples // 100)):
+        guesses, alarms = (torch.arange(samples) >= right).long(), []
+        monitor = DriftMonitor(
+            probe=lambda guesses=guesses: (classes[guesses], classes),
+            labels=labels,
+            max_zero_shot_drop=100 * fallen / samples,
+            on_alarm=alarms.append,
+        )
+        guesses[right - fallen : right] = 1
+        assert monitor.compute()["probe/zero_shot_drop"] == 100 * fallen / samples
+        assert alarms == []
+        if right > fallen:
+            guesses[right - fallen - 1] = 1
+            monitor.compute()
+            assert len(alarms) == 1
+
+
+def test_half_precision_images_with_wider_classes():
+    labels = torch.arange(20) % 3
+    model = Model(labels)
+    reports = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        monitor = DriftMonitor(probe=lambda dtype=dtype: (model()[0].to(dtype), model()[1].double()), labels=labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            reports.append(monitor.compute())
+    assert [report["probe/zero_shot"] for report in reports] == [100.0] * 3
+
+
+def test_guesses_are_made_in_full_precision_under_autocast():
+    """bf16 would round both scores to 1."""
+    image, classes = torch.tensor([[1.0, 1e-3]]).expand(4, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    monitor = DriftMonitor(probe=lambda: (image, classes), labels=torch.ones(4, dtype=torch.long))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert monitor.compute()["probe/zero_shot"] == 100.0
+
+
 @pytest.mark.parametrize("spoilt", [torch.full((9, 6), math.nan), torch.ones(9, 6)], ids=["NaN", "collapsed"])
 def test_what_is_not_defined_is_beyond_every_limit(spoilt):
     """Training is not stopped by an exception of its monitor."""
@@ -208,6 +264,8 @@ def test_no_graph_and_no_copy_is_kept():
         ({"every": 0}, "expected every as a whole number >= 1, got 0"),
         ({"max_samples": 2}, "expected max_samples as a whole number >= 3, got 2"),
         ({"min_rsa": 1.5}, "expected min_rsa between -1 and 1, got 1.5"),
+        ({"min_rsa": "x"}, "expected min_rsa as a finite number, got 'x'"),
+        ({"min_rsa": True}, "expected min_rsa as a finite number, got True"),
         ({"max_mean_shift": 0.0}, "expected max_mean_shift"),
         ({"max_zero_shot_drop": 2.0}, "expected a probe for max_zero_shot_drop, got none"),
         ({"probe": lambda: (vectors(4, 1), vectors(2, 2))}, "expected probe and labels together, got one without the other"),
@@ -217,13 +275,76 @@ def test_no_graph_and_no_copy_is_kept():
         ),
         (
             {"probe": lambda: (vectors(4, 1), vectors(2, 2, 5)), "labels": torch.zeros(4, dtype=torch.long)},
-            "expected images and classes of one width from probe, got 6 and 5",
+            r"expected probe class embeddings of width 6 on cpu, got float32 tensor of shape \(2, 5\)",
         ),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=f"^DriftMonitor: {message}"):
         DriftMonitor(**options)
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (None, TypeError, r"expected \(image \(N, D\), classes \(C, D\)\) from probe, got None"),
+        (torch.eye(2, 6), TypeError, r"expected \(image .* from probe, got float32 tensor of shape \(2, 6\)"),
+        ((torch.eye(2),) * 3, TypeError, r"expected \(image .* from probe, got 3 values"),
+        ((torch.eye(2), None), TypeError, "expected probe class embeddings as a tensor"),
+        ((torch.eye(2), torch.eye(2, device="meta")), ValueError, "expected probe class embeddings of width 2 on cpu, got .* on meta"),
+        ((torch.eye(2) * math.nan, torch.eye(2)), ValueError, "expected finite probe image embeddings at the start, got NaN"),
+        ((torch.eye(2), torch.eye(2) / 0), ValueError, "expected finite probe class embeddings at the start, got NaN or infinity"),
+        ((torch.eye(2), torch.eye(1, 2)), ValueError, "expected labels from 0 to 0, one of 1 classes, got 1"),
+    ],
+)
+def test_bad_probes(found, error, message):
+    with pytest.raises(error, match=f"^DriftMonitor: {message}"):
+        DriftMonitor(probe=lambda: found, labels=torch.tensor([0, 1]))
+
+
+def test_what_is_no_probe():
+    with pytest.raises(TypeError, match=r"^DriftMonitor: expected probe as a function"):
+        DriftMonitor(probe=(torch.eye(2), torch.eye(2)), labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("label", [9, 4, -1])
+def test_labels_of_no_class(label):
+    labels = torch.tensor([0, 3, label, 1])
+    with pytest.raises(ValueError, match=f"^DriftMonitor: expected labels from 0 to 3, one of 4 classes, got {label}"):
+        DriftMonitor(probe=lambda: (vectors(4, 1), vectors(4, 2)), labels=labels)
+
+
+def test_a_probe_of_other_shapes_than_at_the_start():
+    found = [torch.eye(4, 6), torch.eye(4, 6)]
+    monitor = DriftMonitor(probe=lambda: tuple(found), labels=torch.arange(4))
+    for other in ([torch.eye(4, 5)] * 2, [torch.eye(4, 6), torch.eye(5, 6)]):
+        found[:] = other
+        with pytest.raises(ValueError, match=r"^DriftMonitor: expected probe .* of shapes \(4, 6\) and \(4, 6\) as at the start, got"):
+            monitor.compute()
+    found[:] = [torch.eye(4, 6)] * 2
+    assert monitor.compute()["probe/zero_shot"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"classes": None}, TypeError, "expected probe class embeddings as a tensor"),
+        ({"image": torch.eye(5, 6)}, ValueError, r"expected .* of shapes \(4, 6\) and \(4, 6\) as at the start, got \(5, 6\) and"),
+        ({"image": torch.eye(4, 5), "classes": torch.eye(4, 5)}, ValueError, "expected .* of shapes .* as at the start"),
+        ({"classes": torch.eye(3, 6)}, ValueError, "expected .* of shapes .* as at the start"),
+        ({"image": torch.eye(4, 6) * math.nan}, ValueError, "expected finite probe image embeddings at the start"),
+        ({"more": 1}, ValueError, "expected the state of a monitor with the same probe, .*, got .*'more'"),
+    ],
+)
+def test_bad_states(change, error, message):
+    monitor = DriftMonitor(probe=lambda: (torch.eye(4, 6), torch.eye(4, 6)), labels=torch.arange(4))
+    state = monitor.state_dict()
+    with pytest.raises(error, match=f"^DriftMonitor: {message}"):
+        monitor.load_state_dict({**state, **change})
+    for bad in ({}, {"image": state["image"]}):
+        with pytest.raises(ValueError, match=r"^DriftMonitor: expected the state of a monitor with the same probe, .*, got \["):
+            monitor.load_state_dict(bad)
+    assert monitor.compute()["probe/zero_shot_drop"] == 0.0  # what was there stays
 
 
 @pytest.mark.parametrize("other", [vectors(5, 3, 7), vectors(5, 3).to("meta")], ids=["width", "device"])
