@@ -471,7 +471,8 @@ def _mark_blocks(axes: "Axes", classes: Sequence[int | str], *, named: bool) -> 
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "…"
+    """Without its middle: names of one kind differ at the end."""
+    return name if len(name) <= 18 else f"{name[:9]}…{name[-8:]}"
 
 
 def _components(vectors: Tensor, centre: Tensor) -> tuple[Tensor, list[float]]:

@@ -192,6 +192,17 @@ def test_names_of_many_classes_do_not_overlap_and_lines_leave_the_data():
     assert sum(line.get_linewidth() for line in figure.axes[0].lines if line.get_color() == "white") < 2 * 0.4 * panel
 
 
+def test_long_names_are_shortened_in_the_middle():
+    classes = [f"a very long class name number {k:03d}" for k in range(500)]
+    figure = plots.rdm_heatmaps(randn(500, 4), randn(500, 4, seed=1), labels=classes)
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert "a very lo…mber 000" in names
+    assert len(set(names)) == len(names) > 10
+    twelve = [f"exactly 18 letters{'!' * (k == 1)}" for k in range(12)]
+    names = {text.get_text() for text in plots.rdm_heatmaps(STUDENT, TEACHER, labels=twelve).axes[0].get_yticklabels()}
+    assert names == {"exactly 18 letters", "exactly 1…letters!"}
+
+
 def test_scale_leaves_out_half_a_per_cent_and_says_so():
     teacher = randn(60, 3)
     teacher[0] *= 100  # 118 of 7080 pairs are far: more than the 35 left out
