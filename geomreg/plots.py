@@ -260,7 +260,8 @@ def frontier(
         axes.axhline(start[1], color="0.55", linewidth=0.8, linestyle="--", zorder=0)
         axes.plot(*start, color="black", marker="*", markersize=14, linestyle="", zorder=3)
     for k, sweep in enumerate(sweeps.values()):
-        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+        turn = k // len(MARKERS)  # of the markers: each has another colour in the next
+        style: dict[str, Any] = {"color": COLOURS[(k + turn) % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
         line = LINES[k % len(LINES)] if len(sweep) > 1 else ""
         axes.plot(*_columns(sweep), **style, markersize=4, linewidth=1.4, linestyle=line, zorder=2)
         axes.plot(*sweep[-1], **style, markersize=9, markeredgecolor="black", markeredgewidth=0.8, linestyle="", zorder=3)

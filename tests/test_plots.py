@@ -379,6 +379,15 @@ def test_twelve_names_cover_neither_each_other_nor_markers(spread):
         assert not any(box.contains(x, y) for box in boxes)
 
 
+def test_seventy_two_methods_differ_in_marker_or_colour():
+    """The first twelve in their markers; then each marker comes again in another colour."""
+    points = {f"{k}": (50 + k % 9, 50 + k // 9) for k in range(72)}
+    styles = [(line.get_marker(), line.get_color()) for line in plots.frontier(points).axes[0].lines[::2]]
+    assert len(styles) == len(set(styles)) == 72
+    assert len({marker for marker, _ in styles[:12]}) == 12
+    assert [marker for marker, _ in styles[:12]] == [marker for marker, _ in styles[12:24]]
+
+
 def test_a_name_is_no_formula():
     for name in ("a$b$c", "$\\frac$", "x_1^2"):
         figure = plots.frontier({name: (80.0, 60.0)})
