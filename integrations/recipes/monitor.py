@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from geomreg.integrations.recipes.config import MonitorConfig
 from geomreg.integrations.recipes.data import collate
 from geomreg.integrations.recipes.evaluate import embed_images, zero_shot_head
-from geomreg.integrations.recipes.records import whole_lines
+from geomreg.integrations.recipes.records import as_json, whole_lines
 from geomreg.metrics import Alarm, DriftMonitor
 from geomreg.shards import write_file
 
@@ -21,7 +21,8 @@ __all__ = ["RunMonitor"]
 
 
 class RunMonitor:
-    """A :class:`~geomreg.metrics.DriftMonitor` on a probe, whose reports go to drift.jsonl; it measures in the main process.
+    """A :class:`~geomreg.metrics.DriftMonitor` on a probe, whose reports go to drift.jsonl, null where a number is not defined; it
+    measures in the main process.
 
     Args:
         current: the model as it is now, whole; called on all processes.
@@ -82,7 +83,7 @@ class RunMonitor:
             self.stopped = self.alarm is not None and self.options.stop
             found = {"step": step, **report} | ({} if self.alarm is None else {"alarm": self.alarm, "stopped": self.stopped})
             before = [line for line in whole_lines(self.file) if json.loads(line)["step"] < step]
-            write_file(self.file, "".join(f"{line}\n" for line in [*before, json.dumps(found)]).encode())
+            write_file(self.file, "".join(f"{line}\n" for line in [*before, as_json(found)]).encode())
         self.accelerator.wait_for_everyone()
 
     def _alarm(self, alarm: Alarm) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 import subprocess
 import uuid
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from geomreg.integrations.recipes.config import Config
 from geomreg.shards import write_file
 
-__all__ = ["Log", "check_folder", "check_trackers", "claim", "whole_lines"]
+__all__ = ["Log", "as_json", "check_folder", "check_trackers", "claim", "whole_lines"]
 
 
 def check_folder(config: Config) -> None:
@@ -105,7 +106,7 @@ def check_trackers(trackers: tuple[str, ...]) -> None:
 
 
 class Log:
-    """metrics.jsonl, a progress bar, and the configured trackers; by the main process."""
+    """metrics.jsonl, null where a number is not finite, a progress bar, and the configured trackers; by the main process."""
 
     def __init__(self, config: Config, steps: int, accelerator: Accelerator) -> None:
         self.file, self.main, self.accelerator = config.output / "metrics.jsonl", accelerator.is_main_process, accelerator
@@ -133,7 +134,7 @@ class Log:
             write_file(self.file, "".join(f"{line}\n" for line in kept).encode())
             self.bar.update(int(entry["step"]) - 1)
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(as_json(entry) + "\n")
         self.bar.update(1)
         shown = {key: f"{value:.3g}" for key, value in entry.items() if "/" not in key and key not in _NOT_SHOWN}
         self.bar.set_postfix(shown, refresh=False)
@@ -155,6 +156,17 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(one, f"{name}.{key}".lstrip("."))
     else:
         yield name, value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def as_json(entry: dict[str, Any]) -> str:
+    """One line, null for each number that is NaN or infinite: JSON has no other word for it."""
+    return json.dumps(_or_none(entry), allow_nan=False)
+
+
+def _or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _or_none(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def whole_lines(file: Path) -> list[str]:
