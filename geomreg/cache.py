@@ -135,11 +135,7 @@ class EmbeddingCache:
         hashes = id_hashes("EmbeddingCache", known)
         found: dict[str, Tensor] = {}
         for modality in self._tables if modalities is None else modalities:
-            if modality not in self._tables:
-                raise ValueError(
-                    f"EmbeddingCache: expected modalities among {', '.join(self._tables)}, got {modality!r}. Build it, or leave it out."
-                )
-            table = self._tables[modality]
+            table = self._table(modality)
             rows = table.find(hashes)
             if (absent := np.flatnonzero(rows < 0)).size:
                 shown = ", ".join(repr(known[k]) for k in absent[:3])
@@ -150,19 +146,26 @@ class EmbeddingCache:
             found[modality] = torch.from_numpy(table.read(rows)).float()
         return Embeddings(**found)
 
+    def _table(self, modality: str) -> Table:
+        if modality not in self._tables:
+            raise ValueError(
+                f"EmbeddingCache: expected modalities among {', '.join(self._tables)}, got {modality!r}. Build it, or leave it out."
+            )
+        return self._tables[modality]
+
     def ids(self, modality: str | None = None) -> list[Any]:
         """Ids of all samples of a table, by default the first, in the order of the data set."""
         return list(self.each_id(modality))
 
     def each_id(self, modality: str | None = None) -> Iterator[Any]:
         """The same one after the other; a shard's are in memory."""
-        table = self._tables[modality or next(iter(self._tables))]
+        table = self._table(modality or next(iter(self._tables)))
         return (one for entry in table.description["shards"] for one in Shard(table.folder, entry["number"]).ids())
 
     def slices(self, modality: str, rows: int) -> Iterator[Tensor]:
         """``(rows, D)`` fp32 embeddings of a table one after the other, in the order of :meth:`ids`; the last may be shorter."""
         check_count("EmbeddingCache.slices", "rows", rows, 1)
-        table = self._tables[modality]
+        table = self._table(modality)
         for start in range(0, len(table), rows):
             yield torch.from_numpy(table.read(np.arange(start, min(start + rows, len(table))))).float()
 

@@ -46,7 +46,6 @@ __all__ = [
     "check_modality",
     "check_module",
     "check_named",
-    "check_next",
     "check_next_widths",
     "check_number",
     "check_one_number",
@@ -480,15 +479,6 @@ def check_modality(name: str, embeddings: Embeddings, modality: str) -> Tensor:
     if both:
         check_paired(name, *values)
     return torch.cat(values)
-
-
-def check_next(name: str, collected: object, value: Tensor, label: str) -> None:
-    """A further batch has the width of those collected before."""
-    if isinstance(collected, list) and collected and collected[0].shape[1] != value.shape[1]:
-        raise ValueError(
-            f"{name}: expected {label} embeddings of width {collected[0].shape[1]} as before, got {value.shape[1]}. "
-            "Call reset() between models."
-        )
 
 
 def check_same_ids(name: str, ids: object, teacher_ids: object, rows: int) -> Tensor | None:

@@ -62,7 +62,12 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
 
 def _cka(name: str, labels: tuple[str, str], moments: Moments, unbiased: bool) -> Tensor:
     for block, label in enumerate(labels):
-        check_collapse(name, label, moments.collapsed(block) or (unbiased and not _has_structure(moments, block)))
+        check_collapse(name, label, moments.collapsed(block))
+        if unbiased and not _has_structure(moments, block):
+            raise ValueError(
+                f"{name}: expected {label} embeddings of different distances for the unbiased estimate, got equidistant ones. "
+                "It is undefined; take more samples, or unbiased=False."
+            )
     own = [_dependence(moments, block, block, unbiased).sqrt() for block in range(2)]
     return (_dependence(moments, 0, 1, unbiased) / own[0] / own[1]).clamp(-1 if unbiased else 0, 1)
 

@@ -118,8 +118,9 @@ def distortion_bound(student: Tensor, teacher: Tensor, *, dissimilarity: str = "
         aligned = student_trace + teacher_trace - 2 * nuclear
     else:
         pairs, _ = _pairs(name, f, p, ())
-        aligned = teacher_trace - nuclear.square() / student_trace
-        changes = 2 * samples / (samples - 1) * torch.stack([dispersion, aligned.clamp(min=0)])
+        factor = nuclear / student_trace
+        aligned = (p - factor * f @ (left @ right)).square().sum(dim=1).mean()  # V*, without the difference of large numbers
+        changes = 2 * samples / (samples - 1) * torch.stack([dispersion, aligned])
     changes = changes.cummin(dim=0).values  # the second is only used where it is sharper
     spreads, count = pairs.scatter.diagonal(), pairs.rows
 

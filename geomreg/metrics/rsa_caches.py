@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from geomreg.cache import EmbeddingCache
-from geomreg.checks import check_common_ids, check_count, check_option
+from geomreg.checks import check_common_ids, check_count, check_option, describe
 from geomreg.metrics.rsa import MODALITIES, RSA
 from geomreg.metrics.rsa_bootstrap import RSAInterval
 from geomreg.types import Embeddings
@@ -37,7 +37,8 @@ def rsa_of_caches(
         What :class:`RSA` computes; in several processes each computes all of it.
 
     Raises:
-        ValueError: samples that only one of them has, or the same one twice; and as :class:`RSA`.
+        TypeError: no caches.
+        ValueError: a modality that one of them lacks; samples that only one of them has, or the same one twice; and as :class:`RSA`.
 
     Example:
         >>> import tempfile, torch
@@ -56,6 +57,9 @@ def rsa_of_caches(
     name = "rsa_of_caches"
     check_option(name, "modality", modality, MODALITIES)
     check_count(name, "batch_size", batch_size, 1)
+    for label, cache in (("student", student), ("teacher", teacher)):
+        if not isinstance(cache, EmbeddingCache):
+            raise TypeError(f"{name}: expected geomreg.EmbeddingCache as {label}, got {describe(cache)}. Open one, or use rsa on tensors.")
     fields = Embeddings._fields if modality in ("stacked", "cross-modal") else (modality,)
     known = teacher.ids(fields[0]) if ids is None else list(ids)
     if ids is None:

@@ -166,7 +166,7 @@ NAN[1, 2] = math.nan
         (GOOD, GOOD / 0, True, "finite y embeddings", "NaN or infinity"),
         (torch.full((5, 4), 0.1), GOOD, False, "x embeddings that differ", "equal ones alone"),
         (GOOD, torch.zeros(5, 4), True, "y embeddings that differ", "equal ones alone"),
-        (torch.eye(5), GOOD, True, "x embeddings that differ", "equal ones alone"),  # equidistant: nothing off the diagonal
+        (torch.eye(5), GOOD, True, "x embeddings of different distances for the unbiased estimate", "equidistant ones"),
         (GOOD, GOOD.to("meta"), False, "x and y embeddings on one device", "cpu and meta"),
         (GOOD * 1e70, GOOD, False, "x embeddings below 1e60", "larger ones"),
     ],

@@ -335,6 +335,15 @@ def test_rotation_and_scale_leave_only_the_aligned_bound(samples, width, scale):
     assert float(bound.aligned_dispersion) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("noise", [3e-8, 1e-6, 1e-4])
+def test_aligned_bound_of_nearly_equidistant_points(noise):
+    """Their distances vary so little that rounding of V* would break the bound."""
+    teacher = torch.eye(8, dtype=torch.float64) + noise * randn(8, 8, seed=1)
+    student = 1.7 * (teacher + 0.3 * noise * randn(8, 8, seed=2)) @ rotation(8, 3)
+    bound = distortion_bound(student, teacher)
+    assert 0.2 < bound.aligned_rsa_bound <= bound.rsa
+
+
 def test_aligned_dispersion_is_no_bound_on_distances():
     teacher = randn(8, 5, seed=1)
     bound = distortion_bound(2 * teacher, teacher)

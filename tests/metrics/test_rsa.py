@@ -715,10 +715,11 @@ def collect(rank: int, folder: str) -> None:
                 metric.update(*pair(start, stop), ids=range(start, stop))
             results[modality, correlation] = metric.compute()
             results[modality, correlation, "again"] = metric.compute()
-        alone = RSA(dissimilarity="cosine")  # the second process has no samples
-        if rank == 0:
-            alone.update(STUDENT, TEACHER)
-        results["alone"] = alone.compute()
+        for modality, correlation in itertools.product(MODALITIES, CORRELATIONS):
+            alone = RSA(modality=modality, dissimilarity="cosine", correlation=correlation)  # the second process has no samples
+            if rank == 0:
+                alone.update(STUDENT, TEACHER, ids=range(PAIRS))
+            results[modality, correlation, "alone"] = alone.compute()
         padded = RSA()  # a sampler that gives sample 0 to both processes
         padded.update(*pair(0, 4), ids=[0, 1 + rank, 3 + rank * 2, 4 + rank * 2])
         try:
@@ -739,7 +740,7 @@ def test_metric_over_two_processes_equals_one(tmp_path: Path):
             expected = function(STUDENT, TEACHER, modality, dissimilarity="cosine", correlation=correlation)
             check(results[modality, correlation], expected)
             check(results[modality, correlation, "again"], expected)
-        check(results["alone"], rsa(STUDENT.image, TEACHER.image, dissimilarity="cosine"))
+            check(results[modality, correlation, "alone"], expected)
         assert re.match(REPEATED, results["repeated"])
 
 

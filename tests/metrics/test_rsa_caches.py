@@ -81,6 +81,15 @@ def test_options_of_caches(caches):
         rsa_of_caches(*caches, max_samples=36)
 
 
+def test_what_is_no_cache_or_lacks_a_modality(caches, tmp_path):
+    with pytest.raises(TypeError, match=message("rsa_of_caches", r"geomreg\.EmbeddingCache as teacher", "float32 tensor of .+")):
+        rsa_of_caches(caches[0], torch.zeros(3, 4))
+    images = Teacher(Towers(0), lambda model, batch: Embeddings(image=model.image(batch["image"])))
+    one = EmbeddingCache.build(images, Samples(NAMES), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=message("EmbeddingCache", "modalities among image", "'text'")):
+        rsa_of_caches(caches[0], one, modality="text")
+
+
 def test_caches_of_other_samples(caches, tmp_path):
     other = EmbeddingCache.build(Teacher(Towers(2), encode), Samples([*NAMES[2:], "99"]), tmp_path, progress=False)
     expected, got = "the student's images of the same samples as the teacher's images", "3 that only one of them has: '0', '1', '99'"
