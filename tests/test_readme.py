@@ -95,7 +95,7 @@ def test_monitored_loop_stops_when_the_probe_falls():
 
     def embed_probe():
         image = torch.eye(4, 8)[torch.arange(40) % 4]
-        image[: len(drift) // 200] = torch.eye(4, 8)[3]  # one more is wrong after each 200 steps
+        image[: len(drift) // 400] = torch.eye(4, 8)[3]  # one more is wrong after each 400 steps
         return image, torch.eye(4, 8)
 
     def train_step(target, reference):
@@ -107,7 +107,7 @@ def test_monitored_loop_stops_when_the_probe_falls():
     names |= {"target_loader": range(1000), "reference_loader": range(1000), "print": lambda report: reports.append(report)}
     reports = []
     exec(compile(blocks("python")[1], str(README), "exec"), names)
-    assert len(drift) == 200  # 2.5 points in 40
+    assert len(drift) == 400  # 2.5 points in 40
     assert reports[0]["probe/zero_shot_drop"] == 2.5
     assert {"image/rsa", "image/rsa_bound", "image/mean_shift"} <= reports[0].keys()
 

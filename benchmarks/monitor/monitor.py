@@ -4,9 +4,9 @@
     python benchmarks/monitor/monitor.py --summary  # the table, from the JSON alone
 
 A step is FLYP's loss and DiVE's against a frozen teacher, one after the other, and the optimizer's, on random data that are there already.
-The monitor sees the reference embeddings of every step (``update``), and every 200th embeds a probe of 512 images and 64 class texts and
+The monitor sees the reference embeddings of every step (``update``), and every 400th embeds a probe of 512 images and 64 class texts and
 compares (``compute``). Both are timed by themselves in the same process and taking turns with the steps: their sum is below the noise of
-a comparison of runs. share = (update + compute / 200) / step. One thread.
+a comparison of runs. share = (update + compute / 400) / step. One thread.
 """
 
 import argparse

@@ -58,7 +58,7 @@ class Alarm(NamedTuple):
 class DriftMonitor:
     """Measures now and then how far a student has moved from its teacher, and raises an alarm at limits of yours.
 
-    Cheap: :meth:`update` keeps references to the newest embeddings, which a regularized step has anyway; :meth:`compute`, every 200 steps
+    Cheap: :meth:`update` keeps references to the newest embeddings, which a regularized step has anyway; :meth:`compute`, every 400 steps
     by default, runs the probe and compares some hundred samples.
 
     Args:
@@ -98,7 +98,7 @@ class DriftMonitor:
         *,
         probe: Callable[[], tuple[Tensor, Tensor]] | None = None,
         labels: Tensor | None = None,
-        every: int = 200,
+        every: int = 400,
         max_samples: int = 512,
         max_zero_shot_drop: float | None = None,
         min_rsa: float | None = None,

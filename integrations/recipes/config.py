@@ -224,7 +224,7 @@ class MonitorConfig:
     """
 
     samples: int = 512
-    every: int = 200
+    every: int = 400
     max_zero_shot_drop: float | None = None
     min_rsa: float | None = None
     stop: bool = True
