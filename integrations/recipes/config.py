@@ -246,8 +246,8 @@ class Config:
         method: what is kept.
         reference: generic pairs whose geometry should stay, if the method has terms.
         texts: captions for a bank of texts, if a term takes one; by default those of the reference data.
-        evaluation: labelled data sets by name, whose accuracy is written to evaluation.jsonl: zero-shot, but by a trained head where the
-            classes are the target's.
+        evaluation: labelled data sets by name, whose accuracy is written to evaluation.jsonl: zero-shot, but by a trained head where all
+            classes are among the target's, by their names; with a head, ``by`` says which.
         best: the one of them by which the best model so far is kept in the folder ``best``: validation data of the target.
         best_by: number of that evaluation.
         ensemble: share of the trained weights in a mixture with those at the start, kept in the folder ``ensemble`` (WiSE-FT); None: none.

@@ -5,13 +5,14 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,7 @@ from geomreg.integrations.recipes.losses import Contrastive, HeadClassification,
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
 from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.passes import ON_PARAMETERS
-from geomreg.integrations.recipes.records import Log, check_folder, check_trackers, claim, whole_lines
+from geomreg.integrations.recipes.records import Log, as_json, check_folder, check_trackers, claim, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
@@ -58,7 +59,8 @@ def finetune_from(config: Config) -> Path:
     The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, drift.jsonl if there is
     a probe, broken.txt if samples could not be read, and in open_clip's layout, adapters merged, the final model in ``model``, the best
     in ``best`` and the mixture with the model at the start in ``ensemble``; a trained head is beside the weights, in head.safetensors
-    and classes.json. If asked for, ``transformers`` holds the final model for its CLIPModel.
+    and classes.json. If asked for, ``transformers`` holds the final model for its CLIPModel. In the .jsonl files null stands for a number
+    that is not finite.
 
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.
@@ -428,6 +430,11 @@ class _Evaluation:
             name: read(data, run.loaded, transform=run.loaded.transform, modalities=("image",), strict=self.config.strict)
             for name, data in self.config.evaluation.items()
         }
+        best, by = self.config.best, self.config.best_by
+        if best is not None and by == "worst_group" and getattr(self.data[best], "groups", None) is None:
+            raise ValueError(
+                f"finetune: expected an evaluation with groups for best_by=worst_group, got {best} without. Use another best_by."
+            )
 
     def before(self) -> None:
         """The model as it comes, step 0, unless that was done before."""
@@ -448,7 +455,7 @@ class _Evaluation:
             before = [entry for entry in self.entries() if entry["step"] < step]
             trained = [entry for entry in before if entry["step"]]
             name, by = self.config.best, self.config.best_by
-            if step and name is not None and all(found[name][by] > entry[name][by] for entry in trained):
+            if step and name is not None and _is_highest(found[name][by], [entry[name][by] for entry in trained]):
                 self.run.export(self.config.output / "best")
             self._write([*before, {"step": step, **found}])
         self.run.accelerator.wait_for_everyone()
@@ -465,21 +472,40 @@ class _Evaluation:
         for name in self.data:
             start, end = (entry[name]["accuracy"] for entry in (entries[0], entries[-1]))
             more = f"; ensemble {mixed[name]['accuracy']:.1f} %" if mixed else ""
+            more += {None: "", "head": "; by the head", "zero_shot": "; zero-shot"}[entries[-1][name].get("by")]
             print(f"{name}: {start:.1f} % -> {end:.1f} % ({end - start:+.1f}){more}")
 
-    def _measured(self, model: nn.Module, head: nn.Module | None) -> dict[str, dict[str, float]]:
+    def _measured(self, model: nn.Module, head: nn.Module | None) -> dict[str, dict[str, Any]]:
+        """By the head where it knows all classes, which is said."""
         workers, tokenizer = self.config.train.workers, self.run.loaded.tokenizer
-        return {
-            name: evaluate(model, data, tokenizer, workers=workers, head=head if tuple(data.classes) == self.run.classes else None)
-            for name, data in self.data.items()
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for name, data in self.data.items():
+            columns = None if head is None else _columns(data.classes, self.run.classes)
+            among = None if head is None or columns is None else lambda image, head=head, columns=columns: head(image)[:, columns]
+            scores: dict[str, Any] = evaluate(model, data, tokenizer, workers=workers, head=among)
+            found[name] = scores if head is None else {**scores, "by": "zero_shot" if among is None else "head"}
+        return found
 
     def entries(self) -> list[dict[str, Any]]:
         """What evaluation.jsonl has so far."""
         return list(map(json.loads, whole_lines(self.file)))
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
-        write_file(self.file, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
+        write_file(self.file, "".join(f"{as_json(entry)}\n" for entry in entries).encode())
+
+
+def _columns(classes: Sequence[str], known: Sequence[str]) -> list[int] | None:
+    """Where each class is among the known ones, those of one name (ImageNet has two such pairs) in their order; None: not all are."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(known):
+        places.setdefault(name, []).append(place)
+    found = [places[name].pop(0) if places.get(name) else None for name in classes]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _is_highest(value: float, before: list[float | None]) -> bool:
+    """One that is not finite, None in a file, is never the highest, and in no other's way."""
+    return math.isfinite(value) and all(value > one for one in before if one is not None and math.isfinite(one))
 
 
 @contextmanager

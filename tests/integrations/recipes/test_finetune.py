@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -255,8 +256,10 @@ def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method):
     final = load(str(out))
     folder = LabelledFolder(data / "classes", transform=final.transform)
     entries = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert entries[1]["id"].pop("by") == "head"
     assert entries[1]["id"] == pytest.approx(evaluate(final.model, folder, final.tokenizer, head=head))
     named = LabelledFolder(data / "classes", transform=final.transform, class_names=NAMES)
+    assert entries[1]["other"].pop("by") == "zero_shot"
     assert entries[1]["other"] == pytest.approx(evaluate(final.model, named, final.tokenizer))  # other classes: zero-shot
     base = load(str(model_folder()))
     assert torch.equal(base.model.token_embedding.weight, final.model.token_embedding.weight)
@@ -276,6 +279,45 @@ def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method):
 
 
 NAMES = {"owl": "night bird", "red_fox": "fox"}
+
+
+def test_the_head_is_used_where_it_knows_the_classes(data, tmp_path, capsys):
+    """In any order, or some of them: by the columns of these classes; so is the mixture, and a class more means zero-shot."""
+    three = tmp_path / "three"
+    for row, name in enumerate(["owl", "red_fox", "yak"] * 8):
+        (three / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / "classes" / ("owl", "red_fox")[row % 2] / f"{row}.png", three / name)
+    some, turned, more = (tmp_path / name for name in ("some", "turned", "more"))
+    for folder, names in ((some, ("owl", "yak")), (turned, ("red_fox", "yak", "owl")), (more, ("owl", "red_fox", "yak", "zebu"))):
+        for k, name in enumerate(names):
+            shutil.copytree(three / ("owl" if name == "zebu" else name), folder / f"{k}")
+        (tmp_path / f"{folder.name}.json").write_text(json.dumps({str(k): name.replace("_", " ") for k, name in enumerate(names)}))
+    evaluation = {
+        name: DataConfig("folder", str(tmp_path / name), {"class_names": str(tmp_path / f"{name}.json")})
+        for name in ("some", "turned", "more")
+    }
+    one = config(data, tmp_path / "run", method=PROBE, kind="folder", evaluation=evaluation)
+    finetune_from(dataclasses.replace(one, target=DataConfig("folder", str(three))))
+    *_, end, mixed = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    for entry, folder in ((end, tmp_path / "run" / "model"), (mixed, tmp_path / "run" / "ensemble" / "alpha-0.50")):
+        assert {name: entry[name]["by"] for name in evaluation} == {"some": "head", "turned": "head", "more": "zero_shot"}
+        loaded, (head, _, classes) = load(str(folder)), load_head(folder)
+        for name in ("some", "turned"):
+            images = LabelledFolder(tmp_path / name, transform=loaded.transform, class_names=evaluation[name].options["class_names"])
+            columns = [classes.index(one) for one in images.classes]
+            with torch.no_grad():
+                logits = head(loaded.model.encode_image(torch.stack([sample["image"] for sample in images]), normalize=True))[:, columns]
+            right = logits.argmax(dim=1) == torch.tensor(images.labels)
+            assert entry[name]["accuracy"] == pytest.approx(100 * right.double().mean().item())
+    printed = capsys.readouterr().out
+    assert re.search(r"^some: .*; ensemble .* %; by the head$", printed, re.MULTILINE)
+    assert re.search(r"^more: .*; ensemble .* %; zero-shot$", printed, re.MULTILINE)
+
+
+def test_classes_of_one_name_take_their_columns_in_order():
+    assert finetune_module._columns(("b", "a", "b"), ("a", "b", "c", "b")) == [1, 0, 3]
+    assert finetune_module._columns(("b",), ("a", "b", "c", "b")) == [1]
+    assert finetune_module._columns(("b", "b"), ("a", "b")) is None
 
 
 @pytest.mark.slow
@@ -608,6 +650,29 @@ def test_evaluation_and_the_best_model(data, tmp_path):
     assert evaluated(load(str(out)), data) == pytest.approx(found[-1]["id"])
     plain = finetune_from(config(data, tmp_path / "plain", **{key: options[key] for key in ("kind", "steps", "learning_rate")}))
     assert torch.equal(weights(out), weights(plain))  # looking changes nothing
+
+
+def test_a_measure_that_is_not_finite(data, tmp_path, monkeypatch):
+    """Is null in the file, never the best, and hinders no later one."""
+    values = iter([math.nan, math.nan, 20.0, math.nan, 30.0, 25.0, 10.0])  # at the start, in 5 steps, and of the mixture
+    monkeypatch.setattr(finetune_module, "evaluate", lambda *args, **options: {"accuracy": 50.0, "worst_group": next(values)})
+    monkeypatch.setattr(finetune_module, "read", lambda *args, **options: mock.Mock(groups=[0], classes=[]))
+    saved = []
+    monkeypatch.setattr(finetune_module._Run, "export", lambda run, folder: saved.append(folder.name))
+    monkeypatch.setattr(finetune_module, "ensemble", lambda options: [model_folder()])
+    one = config(data, tmp_path / "run", evaluation={"id": DataConfig("folder", "x")}, best="id", evaluate_every=1, steps=5)
+    finetune_from(dataclasses.replace(one, best_by="worst_group"))
+    assert saved == ["best", "best", "model"]
+    lines = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"]["worst_group"] for line in lines] == [None, None, 20.0, None, 30.0, 25.0, 10.0]
+    assert "NaN" not in "".join(lines)
+
+
+def test_best_by_groups_needs_them(data, tmp_path):
+    one = config(data, tmp_path / "run", evaluation={"id": DataConfig("folder", str(data / "classes"))}, best="id")
+    with pytest.raises(ValueError, match=r"expected an evaluation with groups for best_by=worst_group, got id without"):
+        finetune_from(dataclasses.replace(one, best_by="worst_group"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_summary_without_a_mixture(data, tmp_path, capsys):
