@@ -20,6 +20,7 @@ from geomreg.integrations.recipes.data import (
     TarPairs,
 )
 from geomreg.integrations.recipes.models import ModelConfig
+from geomreg.integrations.recipes.train import RECORDED
 
 __all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "MonitorConfig", "TermConfig", "TrainConfig", "check_options"]
 
@@ -66,7 +67,8 @@ class DataConfig:
             raise ValueError("DataConfig: expected kind target with its modalities alone, got more. The rest is the target's.")
         if self.kind == "random_texts" and self.modalities not in (None, ("text",)):
             raise ValueError(f"DataConfig: expected random_texts with modalities [text], got {list(self.modalities or ())}.")
-        check_options(f"options of {self.kind}", self.options, READERS.get(self.kind, RandomTexts), _OURS)
+        reader = READERS.get(self.kind, RandomTexts)
+        check_options(f"options of {self.kind}", self.options, reader, (next(iter(inspect.signature(reader).parameters)), *_OURS))
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,23 @@ class MethodConfig:
             raise ValueError(
                 f"MethodConfig: expected terms and target_terms of different names, got {sorted(both)[0]!r} twice. Rename one."
             )
+        for name in (*self.terms, *self.target_terms):
+            if name in RECORDED or not name.isidentifier():
+                raise ValueError(
+                    f"MethodConfig: expected a name for a term that is an identifier and none of the records' own ({', '.join(RECORDED)}), "
+                    f"got {name!r}. Rename it."
+                )
         check_fraction("MethodConfig", "label_smoothing", self.label_smoothing)
         check_weight("MethodConfig", "caption_weight", self.caption_weight)
         if self.bank_size is not None:
             check_count("MethodConfig", "bank_size", self.bank_size, 1)
+        for option, beside, acts in (
+            ("teacher_decay", "teacher", self.teacher == "averaged"),
+            ("bank_size", "bank", self.bank == "texts"),
+            ("head", "loss", self.loss == "classification"),
+        ):
+            if not acts and (value := getattr(self, option)) != getattr(MethodConfig, option):
+                raise ValueError(f"MethodConfig: expected no {option} with {beside}={getattr(self, beside)}, got {value}. Leave it out.")
         other = {"contrastive": ("label_smoothing",), "classification": ("caption_weight",)}[self.loss]
         for option in other:
             if getattr(self, option):
@@ -194,8 +209,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            got = "neither" if self.epochs is None else "both"
-            raise ValueError(f"TrainConfig: expected epochs or steps, got {got}. Set one of train.epochs and train.steps.")
+            got, hint = "both", "Set one to null; beside a file with epochs: --train.epochs null"
+            if self.epochs is None:
+                got, hint = "neither", "Set one of train.epochs and train.steps"
+            raise ValueError(f"TrainConfig: expected epochs or steps, got {got}. {hint}.")
         for option in ("epochs", "steps", "reference_batch_size", "evaluate_every"):
             if getattr(self, option) is not None:
                 check_count("TrainConfig", option, getattr(self, option), 1)
@@ -312,7 +329,22 @@ class Config:
 
 
 def _check_unused(config: Config) -> None:
-    """No option of a data set that nothing would look at."""
+    """No option that nothing would look at."""
+    method, references = config.method, config.reference is not None
+    banks = config.texts is not None and method.bank_size is None  # have the size of a reference batch
+    for option, needed, acts in (
+        ("train.reference_batch_size", "reference data", references or banks),
+        ("train.regularize_every", "terms on reference data", references),
+        ("train.unique_texts", "a target loss with texts", not method.trains_head),
+        ("train.evaluate_every", "an evaluation", bool(config.evaluation)),
+        ("model.max_logit_scale", "a trained logit scale", not method.trains_head),
+    ):
+        part, _, name = option.partition(".")
+        owner = getattr(config, part)
+        if not acts and (value := getattr(owner, name)) != getattr(type(owner), name):
+            raise ValueError(f"Config: expected {needed} for {option}={value}, got none in {method.name}. Set it to its default.")
+    if config.texts is not None and method.bank == "contexts":
+        raise ValueError("Config: expected no texts with method.bank=contexts, which come from the target, got some. Leave them out.")
     others = {"reference": config.reference, "texts": config.texts, "probe": config.probe}
     others |= {f"evaluation.{name}": data for name, data in config.evaluation.items()}
     for name, data in {"target": config.target, **others}.items():
@@ -323,10 +355,13 @@ def _check_unused(config: Config) -> None:
 
 
 def check_options(name: str, options: Mapping[str, Any], owner: type[Any], reserved: tuple[str, ...] = ()) -> None:
-    """Names of keyword arguments that the constructor has, and that are not the caller's own."""
-    known = [key for key in inspect.signature(owner).parameters if key not in reserved]
+    """Keyword arguments that the constructor has, all that it needs, and none that are the caller's own."""
+    known = {key: parameter for key, parameter in inspect.signature(owner).parameters.items() if key not in reserved}
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known[1:])}."
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known) or 'none'}."
             raise ValueError(f"{name}: expected options of {owner.__name__}, got {key!r}. {hint}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in options:
+            raise ValueError(f"{name}: expected the option {key} of {owner.__name__}, got none. Set it: --target.options.{key} say.")

@@ -48,6 +48,7 @@ from geomreg.types import Embeddings
 __all__ = ["check_needs", "finetune_from", "regularizer_of"]
 
 WAIT = timedelta(hours=12)  # of the other processes, while the main one evaluates
+_SIZES = {"target": "train.batch_size", "reference": "train.reference_batch_size", "texts": "method.bank_size"}  # of batches
 HIGH_RATE = 3.0  # times the highest usual learning rate of a model: worth a warning
 
 
@@ -84,6 +85,7 @@ def finetune_from(config: Config) -> Path:
     if config.dry_run:
         _try(run)
         return config.output
+    run.try_samples()
     claim(config, accelerator)
     log = Log(config, run.settings.steps, accelerator)
 
@@ -123,6 +125,7 @@ def finetune_from(config: Config) -> Path:
             options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
             (mixture,) = ensemble(EnsembleOptions(*options))
         evaluation.report(mixture)
+        print(config.output / "model")
     accelerator.wait_for_everyone()
     return config.output / "model"
 
@@ -172,14 +175,28 @@ class _Run:
             what = "embeds a bank of texts" if self.banked else "sees the augmented target pairs"
             raise ValueError(f"finetune: expected a teacher that {what}, got a cached one. Use teacher=frozen.")
         self.teacher = teacher if self.banked or any(one.needs_teacher for one in both) else None
+        if method.teacher != "frozen" and self.teacher is None:
+            raise ValueError(
+                f"finetune: expected a term that needs a teacher with teacher={method.teacher}, got none in {method.name}. Leave it out."
+            )
+        if not self.banked and (method.bank != "texts" or method.bank_size is not None):
+            raise ValueError(
+                f"finetune: expected a term that takes a bank with method.bank or bank_size, got none in {method.name}. Leave both out."
+            )
 
     def _stream(
-        self, data: DataConfig, size: int, seed: int, modalities: tuple[str, ...], *, shared: bool = True, **options: Any
+        self, role: str, data: DataConfig, size: int, modalities: tuple[str, ...], *, shared: bool = True, **options: Any
     ) -> Stream:
         train = self.config.train
         options = {"transform": self.loaded.transform, "strict": self.config.strict, "workers": train.workers, **options}
-        among = self.accelerator if shared else None
-        return Stream(data, self.loaded, among, size=size, seed=train.seed + seed, modalities=modalities, **options)
+        among, seed = self.accelerator if shared else None, train.seed + list(_SIZES).index(role)
+        try:
+            return Stream(data, self.loaded, among, size=size, seed=seed, modalities=modalities, **options)
+        except ValueError as error:
+            if not (message := str(error)).startswith("Draws: "):
+                raise
+            told = message.removeprefix("Draws: ").removesuffix(". Lower the batch size.")
+            raise ValueError(f"finetune: {told} of the {role}. Lower {_SIZES[role]}.") from error
 
     def _build_streams(self) -> None:
         """Of target and reference, when the terms are known to find in them what they need."""
@@ -192,12 +209,19 @@ class _Run:
             check_needs("reference", self.regularizer, of_reference, self.model)
         check_needs("target", self.target_regularizer, of_target, self.model)
         options = {"transform": self.loaded.train_transform, "labelled": labelled}
-        self.streams = {"target": self._stream(config.target, train.batch_size, 0, of_target, **options)}
+        self.streams = {"target": self._stream("target", config.target, train.batch_size, of_target, **options)}
         if found is not None:
-            self.streams["reference"] = self._stream(found, self.references, 1, of_reference)
+            self.streams["reference"] = self._stream("reference", found, self.references, of_reference)
         target, known = self.streams["target"].dataset, labelled or config.target.kind in LABELLED
         self.tokens = class_tokens(target, self.loaded) if known else None
         self.classes = tuple(target.classes) if known else ()
+
+    def try_samples(self) -> None:
+        """A sample of each data set can be read, and a cached teacher knows that of the reference."""
+        for name, stream in self.streams.items():
+            sample = stream.drawn[0, 0]
+            if name == "reference" and self.config.method.teacher == "cached" and self.teacher is not None:
+                self.teacher({"id": [sample["id"]]})
 
     def _build_bank(self) -> None:
         """Of texts, for terms that take one."""
@@ -210,12 +234,17 @@ class _Run:
         if method.bank == "contexts":
             if self.tokens is None:
                 raise ValueError(f"finetune: expected labelled target data for bank=contexts, got {config.target.kind}. Use bank=texts.")
+            if len(self.tokens) < 2:
+                raise ValueError(
+                    "finetune: expected several templates of the target for bank=contexts, got one: over one context nothing can change. "
+                    "Set target.options.templates, which captions have none of."
+                )
             self.texts = bank_of_contexts(self.tokens, self.teacher, self.accelerator)
             return
         data = found if config.texts is None else data_of(config, config.texts)
         if data is None or (data.kind in READERS and data.modalities == ("image",)):
             raise ValueError("finetune: expected captions for the terms' bank of texts, got none. Set texts, say to kind random_texts.")
-        self.streams["texts"] = self._stream(data, method.bank_size or self.references, 2, ("text",), shared=False)
+        self.streams["texts"] = self._stream("texts", data, method.bank_size or self.references, ("text",), shared=False)
         self.texts = bank_of_texts(self.streams["texts"], self.teacher, self.accelerator)
 
     def _settings(self) -> Settings:
@@ -413,9 +442,10 @@ def check_needs(role: str, regularizer: WeightedSum | None, modalities: tuple[st
         finally:
             term.train(training)
         if not value.requires_grad:
+            still = [modality for modality in modalities if not trained[modality]]
             raise ValueError(
-                f"finetune: expected {role} data through which the term {name} moves what is trained, got {' and '.join(modalities)} of "
-                "frozen towers. Use other data, or train the tower."
+                f"finetune: expected {role} data through which the term {name} moves what is trained, got {' and '.join(still)} of "
+                f"{'frozen towers' if len(still) > 1 else 'a frozen tower'}. Use other data, or train it."
             )
 
 

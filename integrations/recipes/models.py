@@ -67,6 +67,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.max_logit_scale is not None:
             check_positive("ModelConfig", "max_logit_scale", self.max_logit_scale)
+            if self.logit_scale == "frozen":
+                raise ValueError(
+                    f"ModelConfig: expected no max_logit_scale with logit_scale=frozen, got {self.max_logit_scale}. "
+                    "Leave it out: it would move the scale."
+                )
             if self.max_logit_scale < 1:
                 raise ValueError(f"ModelConfig: expected max_logit_scale of at least 1, got {self.max_logit_scale}. CLIP's is 100.")
 

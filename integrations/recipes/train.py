@@ -18,7 +18,7 @@ from geomreg.gradients import GradientNorms
 from geomreg.integrations.open_clip import embed, unwrap
 from geomreg.integrations.recipes import checkpoint, head
 from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
-from geomreg.integrations.recipes.passes import Batch, Passes
+from geomreg.integrations.recipes.passes import ON_PARAMETERS, Batch, Passes
 from geomreg.integrations.recipes.shard import Sharded, check_launch, like
 from geomreg.precision import at_least_fp32
 from geomreg.teacher import Teacher
@@ -28,6 +28,8 @@ __all__ = ["Batch", "Batches", "Checkpoints", "RunStoppedError", "Settings", "en
 
 Batches = Callable[[int], Iterator[Batch]]  # endless batches from the one with this number on
 Banks = Callable[[int], Iterator[Tensor]]  # (M, D) constant text embeddings for each step from the one with this number on
+RECORDED = ("step", "loss", "regularizer", "logit_scale", "learning_rate", "gradient_ratio", "stop", "task_square", "regularizer_square")
+"""Names in the records of a step that no term may have."""
 _OUTSIDE = ("logit_scale", "logit_bias", f"{head.NAME}.")  # parameters that losses use outside of the model's forward
 
 
@@ -155,8 +157,8 @@ def finetune(
         on_step: called after each step with ``step``; ``loss`` of the target with its terms; ``regularizer``, the weighted sum on the
             reference; for each term its value under its name, times its weight as ``<term>/weighted``, and the norm of its running mean,
             if it has one, as ``<term>/mean_norm``; ``gradient_ratio``, the norm of the terms' gradient with respect to the embeddings
-            of the samples by that of the target loss (as :class:`~geomreg.schedules.BalancedWeight` measures it); ``logit_scale``; and
-            ``learning_rate``. Losses and terms are means over the processes.
+            of the samples by that of the target loss (as :class:`~geomreg.schedules.BalancedWeight` measures it), unless all terms are
+            on weights; ``logit_scale``; and ``learning_rate``. Losses and terms are means over the processes.
         on_reference: called with the student's and the teacher's embeddings of the reference samples of this process, those of a chunk
             at a time.
         after_update: called right after each optimizer step that was not skipped: to keep a parameter in bounds, say.
@@ -308,7 +310,7 @@ class _Training:
         entry = {"step": step + 1, **_numbers(record, self.accelerator), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         stopping = entry.pop("stop") > 0
         of_terms, of_loss = entry.pop("regularizer_square"), entry.pop("task_square")
-        if any(True for _ in self._terms()):
+        if any(not isinstance(term, ON_PARAMETERS) for part in self._terms() for term in part.regularizers.values()):
             entry["gradient_ratio"] = math.sqrt(of_terms / of_loss) if of_loss > 0 else math.nan
         if not math.isfinite(entry["loss"] + entry["regularizer"]):  # on all processes, or none
             raise RuntimeError(

@@ -36,7 +36,7 @@ from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.finetune import finetune_from
 from geomreg.integrations.recipes.head import load_head
 from geomreg.integrations.recipes.models import Lora, ModelConfig, compile_blocks, load
-from geomreg.integrations.recipes.train import encode
+from geomreg.integrations.recipes.train import RECORDED, encode
 from geomreg.metrics import rsa
 
 CONFIGS = Path(__file__).parents[3] / "integrations" / "recipes" / "configs"
@@ -116,8 +116,8 @@ def shipped(data, output, method, **train):
     """The run of a method's file on class folders, with what the method needs beside it."""
     captured = []
     described = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())["method"]
-    arguments = ["--config", f"method/{method}", "--model.name", "emojiclip", "--target.kind", "folder"]
-    arguments += ["--target.path", str(data / "classes"), "--target.options", '{"templates": ["a {}.", "the {}.", "a drawing of a {}."]}']
+    arguments = ["--config", "data/your-imagefolder", "--config", f"method/{method}", "--model.name", "emojiclip"]
+    arguments += ["--target.path", str(data / "classes"), "--evaluation", "{}", "--best", "null", "--train.epochs", "null"]
     if described.get("terms"):
         arguments += ["--reference.kind", "csv", "--reference.path", str(data / "pairs.tsv")]
     if described.get("caption_weight"):
@@ -413,7 +413,7 @@ def test_the_target_as_reference_is_seen_without_crops(data, tmp_path):
         (
             dataclasses.replace(HEAD, terms={"f": TermConfig("FeatureDistillation", 1.0)}),
             {"reference": ("text",)},
-            r"through which the term f moves what is trained, got text of frozen towers",
+            r"through which the term f moves what is trained, got text of a frozen tower\.",
         ),
     ],
 )
@@ -446,6 +446,106 @@ def test_options_that_nothing_looks_at_are_refused(data, tmp_path):
         dataclasses.replace(config(data, tmp_path / "run"), monitor=MonitorConfig(max_zero_shot_drop=2.0))
     with pytest.raises(ValueError, match=r"expected texts for a term that takes a bank of them, got none in dive"):
         finetune_from(config(data, tmp_path / "run", texts=DataConfig("random_texts")))
+    assert not (tmp_path / "run").exists()
+
+
+CONTEXT = {"context": TermConfig("ContextKL", 1.0)}
+FOLDER = DataConfig("folder", "x")
+COLUMNS = DataConfig("csv", "x")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"train": {"reference_batch_size": 4}}, "expected reference data for train.reference_batch_size=4, got none in flyp"),
+        ({"train": {"regularize_every": 2}}, "expected terms on reference data for train.regularize_every=2, got none in flyp"),
+        ({"train": {"evaluate_every": 2}}, "expected an evaluation for train.evaluate_every=2, got none in flyp"),
+        (
+            {"train": {"unique_texts": True}, "method": HEAD},
+            "expected a target loss with texts for train.unique_texts=True, got none in van",
+        ),
+        ({"model": {"max_logit_scale": 100.0}, "method": HEAD}, "expected a trained logit scale for model.max_logit_scale=100.0, got none"),
+        ({"model": {"max_logit_scale": 100.0, "logit_scale": "frozen"}}, "expected no max_logit_scale with logit_scale=frozen, got 100.0"),
+        ({"method": {"teacher_decay": 0.9}}, "expected no teacher_decay with teacher=frozen, got 0.9"),
+        ({"method": {"head": "text_encoder"}}, "expected no head with loss=contrastive, got text_encoder"),
+        ({"method": {"bank": "contexts", "bank_size": 3}}, "expected no bank_size with bank=contexts, got 3"),
+        ({"method": {"target_terms": CONTEXT, "bank": "contexts"}, "texts": COLUMNS}, "expected no texts with method.bank=contexts"),
+    ],
+)
+def test_options_that_do_nothing(tmp_path, parts, message):
+    """Are refused when they are given."""
+
+    def made():
+        method, train = parts.get("method", {}), TrainConfig(steps=1, **parts.get("train", {}))
+        method = MethodConfig(**method) if isinstance(method, dict) else method
+        Config(ModelConfig("emojiclip", **parts.get("model", {})), FOLDER, train, tmp_path, method, texts=parts.get("texts"))
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        made()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bank": "contexts"}, "expected a term that takes a bank with method.bank or bank_size, got none in m"),
+        ({"bank_size": 3}, "expected a term that takes a bank with method.bank or bank_size, got none in m"),
+        ({"teacher": "averaged"}, "expected a term that needs a teacher with teacher=averaged, got none in m"),
+        ({"teacher": "cached", "cache": True}, "expected a term that needs a teacher with teacher=cached, got none in m"),
+        ({"target_terms": CONTEXT, "bank": "contexts"}, "expected several templates of the target for bank=contexts, got one"),
+    ],
+)
+def test_options_without_a_term_for_them(data, tmp_path, options, message):
+    if "cache" in options:
+        embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+        options = {**options, "cache": tmp_path / "cache"}
+    with pytest.raises(ValueError, match=message):
+        finetune_from(config(data, tmp_path / "run", kind="folder", method=MethodConfig("m", **options)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["step", "loss", "learning_rate", "stop", "task_square", "dive/weighted", "a.b"])
+def test_names_of_terms_that_the_records_have(name):
+    with pytest.raises(ValueError, match=rf"expected a name for a term that is .* none of the records' own \(step, .*, got '{name}'"):
+        MethodConfig("m", {name: TermConfig("DiVE", 1.0)})
+
+
+def test_no_gradient_ratio_of_weights(data, tmp_path):
+    """Nothing of them is measured at the embeddings; all other numbers have reserved names."""
+    for name, terms in (("anchor", ()), ("both", ("cyclic",))):
+        anchor = {"anchor": TermConfig("WeightAnchor", 1.0)}
+        method = MethodConfig("m", target_terms={**anchor, **{one: TermConfig("CyclicConsistency", 1.0) for one in terms}})
+        finetune_from(config(data, tmp_path / name, method=method, ensemble=None))
+        entry = logged(tmp_path / name)[1]
+        assert ("gradient_ratio" in entry) == bool(terms)
+        assert {key for key in entry if "/" not in key} - {"anchor", *terms} < set(RECORDED)
+
+
+def test_small_data_sets_are_named(data, tmp_path):
+    for changes, message in (
+        ({"batch_size": 41}, "got 40 of the target. Lower train.batch_size."),
+        ({"reference_batch_size": 41}, "got 40 of the reference. Lower train.reference_batch_size."),
+        ({"method": MethodConfig("m", {"kl": KL}, bank_size=41)}, "got 40 of the texts. Lower method.bank_size."),
+    ):
+        with pytest.raises(
+            ValueError, match="finetune: expected at least 41 samples for a batch of 41 in 1 processes, " + re.escape(message)
+        ):
+            finetune_from(config(data, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_no_sample_has_is_said_before_there_is_a_folder(data, tmp_path):
+    """Captions of shards, samples of a cache."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for row in range(8):
+            tar.add(data / "classes" / ("owl", "red_fox")[row % 2] / f"{row}.png", f"{row}.png")
+    one = config(data, tmp_path / "run", method=MethodConfig(), kind="tar")
+    with pytest.raises(ValueError, match=r"expected samples that can be read, got .*: no \.txt"):
+        finetune_from(dataclasses.replace(one, target=DataConfig("tar", str(tmp_path / "0.tar"))))
+    shutil.copytree(data / "classes" / "owl", tmp_path / "other" / "owl")
+    embed_data(Options(str(model_folder()), tmp_path / "other", tmp_path / "cache", device="cpu", workers=0))
+    cached = dataclasses.replace(DIVE, teacher="cached", cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"EmbeddingCache: expected ids of .*, got 1 of 1 that it lacks"):
+        finetune_from(config(data, tmp_path / "run", method=cached))
     assert not (tmp_path / "run").exists()
 
 
