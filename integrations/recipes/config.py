@@ -364,4 +364,6 @@ def check_options(name: str, options: Mapping[str, Any], owner: type[Any], reser
             raise ValueError(f"{name}: expected options of {owner.__name__}, got {key!r}. {hint}")
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
-            raise ValueError(f"{name}: expected the option {key} of {owner.__name__}, got none. Set it: --target.options.{key} say.")
+            raise ValueError(
+                f"{name}: expected the option {key} of {owner.__name__}, got none. Set options.{key} (--target.options.{key} for a target)."
+            )

@@ -25,6 +25,8 @@ __all__ = ["Options", "embed_data"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SKIPPED = "skipped.txt"
+_OF_PAIRS = ("image_key", "caption_key", "id_key", "separator", "root")
+_OF_FOLDERS = ("class_names", "templates")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ class Options:
             raise ValueError(f"embed: expected kind with options, got options {', '.join(self.options)} alone. Say of which reader.")
         if self.kind is not None:
             DataConfig(self.kind, str(self.data), self.options)  # refuses options that it does not have
+        what, others = ("a folder", _OF_PAIRS) if self.data.is_dir() else ("a CSV file", _OF_FOLDERS)
+        if self.kind is not None:
+            what, others = f"kind {self.kind}, which takes options", (*_OF_PAIRS, *_OF_FOLDERS)
+        for option in others:
+            if (value := getattr(self, option)) != getattr(Options, option):
+                raise ValueError(f"embed: expected no {option} for {what}, got {value}. Leave it out, or put it in options beside a kind.")
 
 
 def embed_data(options: Options) -> EmbeddingCache:
@@ -140,7 +148,7 @@ def _data(options: Options, loaded: Model, modalities: tuple[str, ...]) -> Any:
             strict=options.strict,
             modalities=modalities,
         )
-    keys = {key: getattr(options, key) for key in ("image_key", "caption_key", "id_key", "separator", "root", "strict")}
+    keys = {key: getattr(options, key) for key in (*_OF_PAIRS, "strict")}
     return CsvPairs(options.data, transform=transform, tokenizer=tokenizer, modalities=modalities, **keys)
 
 

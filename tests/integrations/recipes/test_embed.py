@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -164,9 +165,15 @@ def test_every_kind_of_reader(pairs, emojiclip, tmp_path, kind):
     ("changes", "message"),
     [
         ({"options": {"json_key": "c"}}, "expected kind with options, got options json_key alone"),
+        ({"kind": "csv", "image_key": "nope"}, "expected no image_key for kind csv, which takes options, got nope. Leave it out"),
+        ({"kind": "tar", "templates": ("{}",)}, "expected no templates for kind tar, which takes options, got ('{}',). Leave it out"),
+        ({"class_names": Path("x")}, "expected no class_names for a CSV file, got x. Leave it out"),
+        ({"kind": "flickr8k"}, "expected the option root of Flickr8k, got none. Set options.root"),
         ({"kind": "tar", "options": {"jsonkey": "c"}}, "expected options of TarPairs, got 'jsonkey'. Did you mean 'json_key'"),
     ],
 )
 def test_options_of_readers(pairs, tmp_path, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         options(pairs, tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match="expected no caption_key for a folder, got c"):
+        options(tmp_path, tmp_path / "out", caption_key="c")

@@ -24,9 +24,9 @@ from PIL import Image
 
 from geomreg import Embeddings
 from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes import cli, records
 from geomreg.integrations.recipes import evaluate as evaluate_module
 from geomreg.integrations.recipes import finetune as finetune_module
-from geomreg.integrations.recipes import records
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, MonitorConfig, TermConfig, TrainConfig
 from geomreg.integrations.recipes.data import LabelledFolder
@@ -321,8 +321,7 @@ def test_classes_of_one_name_take_their_columns_in_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"chunk_size": 3}, {"unique_texts": True}])
-@pytest.mark.parametrize("method", [HEAD, TEXTS], ids=["head", "texts"])
+@pytest.mark.parametrize(("method", "options"), [(HEAD, {"chunk_size": 3}), (TEXTS, {"chunk_size": 3}), (TEXTS, {"unique_texts": True})])
 def test_savings_change_no_classification(data, tmp_path, method, options):
     ends = []
     for name, changes in (("whole", {}), ("cheap", options)):
@@ -1030,7 +1029,31 @@ def test_broken_samples(data, tmp_path, workers, capsys):
         (["--evaluation", '{"id": {"kind": "folder", "path": "nowhere"}}'], "expected a folder of class folders, got none at"),
         (["--probe", '{"kind": "folder", "path": "nowhere"}'], "expected a folder of class folders, got none at"),
         (["--target.kind", "cvs"], "cvs"),
-        (["--train.epochs", "3"], "expected epochs or steps, got both"),
+        (["--train.epochs", "3"], "expected epochs or steps, got both. Set one to null; beside a file with epochs: --train.epochs null."),
+        (["--train.lr", "3"], "Did you mean --train.learning_rate?"),
+        (["--train.wd=3"], "Did you mean --train.weight_decay?"),
+        (["--train.bs", "3"], "Did you mean --train.batch_size?"),
+        (["--model.lora.rnk", "3"], "Option 'rnk' is not accepted. Did you mean rank?"),
+        (["--model.lora.rank", "0"], "geomreg: Lora: expected rank as a whole number >= 1, got 0. Pass such a number."),
+        (["--texts", '{"kind": "csv", "path": ""}'], "geomreg: DataConfig: expected a path for files and none without, got '' for csv."),
+        (
+            ["--texts.kind", "csv", "--texts.path", "x", "--texts.options.nope", "3"],
+            "geomreg: options of csv: expected options of CsvPairs",
+        ),
+        (["--target.kind", "coco"], "expected the option root of CocoCaptions, got none. Set options.root (--target.options.root for"),
+        (
+            ["--texts", '{"kind": "csv", "path": "x", "options": {"path": "y"}}'],
+            "expected options of CsvPairs, got 'path'. There are image_key",
+        ),
+        (
+            ["--target.options.image_key", "filepath", "--evaluation.id.options.split", "val"],
+            "got --evaluation.id.options.split. Write --evaluation.id.options '{\"split\": ...}'.",
+        ),
+        (
+            ["--config", "method/dive", "--method.terms.dive.options.decay=0.5"],
+            "got --method.terms.dive.options.decay=0.5. Write --method.terms.dive.options '{\"decay\": ...}'.",
+        ),
+        (["--config", "method/vanilla", "--config", "method/dive"], "expected one method, got method/dive after that of method/vanilla"),
         (["--config", "method/dive"], "got terms without reference data"),
         (["--method.terms", '{"d": {"term": "Dive", "weight": 1}}'], "got 'Dive'. Did you mean 'DiVE'"),
         (["--method.terms", '{"d": {"term": "WeightAnchor", "weight": 1}}'], "got only such on weights (d). Make them method.target_terms"),
@@ -1053,6 +1076,54 @@ def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
     assert message in error
     assert error.strip().count("\n") == 0
     assert not (tmp_path / "run").exists()  # so that the mended command can use it
+
+
+def test_methods_do_not_mix(data, tmp_path, capsys):
+    """Not even with that of an earlier run; a file of one's own may change some of one."""
+    finetune_from(config(data, tmp_path / "run", method=TEXTS, kind="folder", ensemble=None))
+    before = str(tmp_path / "run" / "config.json")
+    assert main(["finetune", "--config", before, "--config=method/flyp", "--output", str(tmp_path / "other")]) == 2
+    assert "expected one method, got method/flyp after that of " in capsys.readouterr().err
+    (tmp_path / "own.yaml").write_text("method: {terms: {dive: {term: DiVE, weight: 5.0}}}")
+    captured = []
+    given = ["--reference.kind", "target", "--output", str(tmp_path / "other")]
+    with mock.patch.object(finetune_module, "finetune_from", captured.append):
+        assert main(["finetune", "--config", before, "--config", str(tmp_path / "own.yaml"), *given]) == 0
+    assert captured[0].method == dataclasses.replace(TEXTS, terms={"dive": TermConfig("DiVE", 5.0)})
+
+
+def test_subcommands_are_suggested(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetne", "--x"])
+    assert capsys.readouterr().err.endswith(" Did you mean finetune?\n")
+
+
+def test_the_command_ends_with_the_model_and_warns_on_one_line(data, tmp_path, capsys):
+    """And goes on, unless it must not."""
+    given = [
+        "finetune",
+        "--model.name",
+        "emojiclip",
+        "--target.kind",
+        "csv",
+        "--target.path",
+        str(data / "pairs.tsv"),
+        "--train.steps",
+        "2",
+    ]
+    given += ["--train.batch_size", "8", "--train.workers", "0", "--device", "cpu", "--output", str(tmp_path / "run")]
+    with pytest.warns(UserWarning, match="warm-up") as caught:
+        assert main([*given, "--resume", "never"]) == 0
+    with cli._warnings_on_one_line():
+        (line,) = [warnings.formatwarning(one.message, one.category, one.filename, one.lineno) for one in caught]
+        assert warnings.formatwarning("theirs", UserWarning, "torch.py", 1).startswith("torch.py:1: UserWarning: theirs")
+    assert re.fullmatch(r"geomreg: warning: finetune: the warm-up of 500 steps does not end .* Lower train.warmup_steps\.\n", line)
+    found = capsys.readouterr()
+    assert found.out.splitlines() == [str(tmp_path / "run" / "ensemble" / "alpha-0.50"), str(tmp_path / "run" / "model")]
+    with pytest.warns(UserWarning, match="warm-up"):
+        assert main(given) == 0
+    assert main([*given, "--resume", "never"]) == 2
+    assert "with --resume never, got one. Choose another folder, or auto." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
