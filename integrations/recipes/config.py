@@ -103,8 +103,8 @@ class MethodConfig:
             (ZSCL). The first two train neither text tower nor logit scale.
         label_smoothing: of a classification.
         caption_weight: of the contrastive loss between target images and their generated captions (ARF; needs ``target.captions``).
-        bank: of texts, for terms that take one: ``texts``, other captions at each step, or ``contexts``, each of the target's templates
-            averaged over its classes (CAR-FT).
+        bank: of texts, for terms that take one: ``texts``, other captions at each step, or ``contexts``, each of the target's templates,
+            of which it needs several, averaged over its classes (CAR-FT).
         bank_size: texts of a bank; None: as many as reference samples.
         teacher: ``frozen`` copy of the model, ``adapters_off`` (with LoRA), ``averaged``, or ``cached`` (needs ``cache``).
         teacher_decay: of an averaged teacher.
