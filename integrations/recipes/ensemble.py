@@ -20,24 +20,29 @@ class EnsembleOptions:
     Args:
         base: name of the open_clip model that was fine-tuned, or its folder.
         finetuned: folder of the fine-tuned model, as ``geomreg finetune`` writes it.
-        output: folder of the ensembles; each becomes ``alpha-0.50``, say, in open_clip's layout.
+        output: folder of the ensembles; each becomes ``alpha-0.50``, say, or ``alpha-0.125``, in open_clip's layout.
         pretrained: tag or file of the base model's weights; not for a folder.
-        alpha: shares of the fine-tuned weights.
+        alpha: shares of the fine-tuned weights, or one.
     """
 
     base: str
     finetuned: Path
     output: Path
     pretrained: str | None = None
-    alpha: tuple[float, ...] = (0.5,)
+    alpha: float | tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.alpha, tuple):
+            object.__setattr__(self, "alpha", (self.alpha,))
         for value in self.alpha:
             check_fraction("ensemble", "alpha", value)
 
 
 def ensemble(options: EnsembleOptions) -> list[Path]:
     """Write (1 - alpha) * base + alpha * fine-tuned for each alpha (arXiv 2109.01903), heads likewise; returns the folders."""
+    exported = options.finetuned / "model"
+    if (exported / "open_clip_config.json").is_file() and not (options.finetuned / "open_clip_config.json").is_file():
+        raise ValueError(f"ensemble: expected the folder of a model, got that of a run, {options.finetuned}. Pass {exported}.")
     base, finetuned = load(options.base, options.pretrained), load(str(options.finetuned))
     start, end = ({key: value.clone() for key, value in one.model.state_dict().items()} for one in (base, finetuned))
     trained = load_head(options.finetuned)
@@ -50,6 +55,11 @@ def ensemble(options: EnsembleOptions) -> list[Path]:
             mixed = copy.deepcopy(after)
             mixed.load_state_dict(interpolate(before.state_dict(), after.state_dict(), alpha))
             head = (mixed, before, classes)
-        folders.append(to_open_clip(finetuned.model, finetuned.config, options.output / f"alpha-{alpha:.2f}", head=head))
+        folders.append(to_open_clip(finetuned.model, finetuned.config, options.output / _name(alpha), head=head))
         print(folders[-1])
     return folders
+
+
+def _name(alpha: float) -> str:
+    """Two decimals, or all that there are."""
+    return f"alpha-{alpha:.2f}" if float(f"{alpha:.2f}") == alpha else f"alpha-{alpha}"

@@ -1,5 +1,8 @@
 """``geomreg ensemble``: the weights are those between, and open_clip loads them."""
 
+import re
+import shutil
+
 import open_clip
 import pytest
 import torch
@@ -40,3 +43,23 @@ def test_mistakes(finetuned, tmp_path, capsys):
     assert "expected alpha between 0 and 1, got 1.5" in capsys.readouterr().err
     assert main(["ensemble", *arguments[:2], "--finetuned", str(tmp_path / "absent"), *arguments[4:]]) == 2
     assert not (tmp_path / "out").exists()
+    (tmp_path / "run").mkdir()
+    shutil.copytree(finetuned, tmp_path / "run" / "model")
+    assert main(["ensemble", *arguments[:2], "--finetuned", str(tmp_path / "run"), *arguments[4:]]) == 2
+    assert f"expected the folder of a model, got that of a run, {tmp_path}/run. Pass {tmp_path}/run/model." in capsys.readouterr().err
+
+
+def test_folders_of_different_shares_differ(finetuned, tmp_path):
+    arguments = ["--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    for alpha in ("[0.001,0.002,0.125]", "0.5", "1"):
+        assert main(["ensemble", *arguments, "--alpha", alpha]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"alpha-0.001", "alpha-0.002", "alpha-0.125", "alpha-0.50", "alpha-1.00"}
+
+
+def test_a_damaged_head_is_one_line(finetuned, tmp_path, capsys):
+    (finetuned / "head.safetensors").write_bytes(b"half")
+    arguments = ["--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    assert main(["ensemble", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"geomreg: load_head: expected a head in \S*/head\.safetensors, got a damaged file \(.*\n", error)
