@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from geomreg.integrations.recipes.files import put_in_place, writing
+
 __all__ = ["begin", "checkpoints", "latest", "publish", "random_state", "read", "set_random_state", "write"]
 
 _NAME = re.compile(r"step-(\d{9})")
@@ -38,26 +40,28 @@ def write(folder: Path, name: str, value: Any) -> None:
 
     Raises:
         TypeError: something else in it.
+        OSError: no space, say.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _packed(value, name, tensors)
     if tensors:
-        save_file(tensors, folder / f"{name}.safetensors")
-        _to_disk(folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(skeleton), encoding="utf-8")
-    _to_disk(folder / f"{name}.json")
+        with writing("finetune", file := folder / f"{name}.safetensors"):
+            save_file(tensors, file)
+            file.chmod(folder.stat().st_mode & 0o666)  # the umask's, as the folder has it: safetensors writes for the owner alone
+            _to_disk(file)
+    with writing("finetune", file := folder / f"{name}.json"):
+        file.write_text(json.dumps(skeleton), encoding="utf-8")
+        _to_disk(file)
 
 
 def publish(partial: Path, *, keep: int | None = None) -> Path:
     """Give a checkpoint its name, when all processes have written; then remove all but the ``keep`` newest."""
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
-    if final.exists():  # the same step again, after a resume that went back
-        shutil.rmtree(final)
-    os.replace(partial, final)
+    put_in_place(partial, final)  # maybe the same step again, after a resume that went back
     _to_disk(final.parent)
     for old in checkpoints(final.parent)[: -keep if keep else 0]:
         shutil.rmtree(old, ignore_errors=True)
-    for unfinished in final.parent.glob(".step-*.partial"):
+    for unfinished in final.parent.glob(".step-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     return final
 
@@ -77,9 +81,10 @@ def read(folder: Path, name: str) -> Any:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return _unpacked(skeleton, tensors)
     except FileNotFoundError as error:
-        raise RuntimeError(
-            f"finetune: expected {path.name} in the checkpoint {folder}, got none. Resume with as many processes."
-        ) from error
+        advice = "Remove it: the run goes on from the one before, or from the start"
+        if name.startswith("process-"):
+            advice = "Resume with as many processes"
+        raise RuntimeError(f"finetune: expected {path.name} in the checkpoint {folder}, got none. {advice}.") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RuntimeError(
             f"finetune: expected a whole checkpoint in {folder}, got a damaged {path.stem} ({error}). Use another."

@@ -1,9 +1,7 @@
 """A trained model in the layouts that others load: open_clip's, and transformers' for plain ViTs."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +12,14 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geomreg.integrations.recipes.files import new_folder, put_in_place, writing
 from geomreg.integrations.recipes.head import write_head
 
 __all__ = ["check_plain", "to_open_clip", "to_transformers"]
 
 _PLAIN_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_WRITTEN = {"open_clip_model.safetensors", "head.safetensors", "classes.json", "model.safetensors"}  # beside a configuration
 
 
 def to_open_clip(
@@ -99,17 +99,17 @@ def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path) -> P
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the name of ``folder`` if all went well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    """A folder to write to, which takes the name of ``folder`` if all went well; a kill at any time leaves one or the other."""
+    folder = folder.resolve()  # where a link leads
+    temporary = new_folder(folder)
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            if any(folder.iterdir()) and not list(folder.glob("*config.json")):
-                raise FileExistsError(f"export: expected a new folder or an earlier export, got {folder} with other files. Choose another.")
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        if folder.exists() and not list(folder.glob("*config.json")) and {path.name for path in folder.iterdir()} - _WRITTEN:
+            raise FileExistsError(f"export: expected a new folder or an earlier export, got {folder} with other files. Choose another.")
+        with writing("export", folder):
+            yield temporary
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                file.chmod(temporary.stat().st_mode & 0o666)  # the umask's, as the folder has it: safetensors writes for the owner alone
+            put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -125,6 +125,8 @@ def check_plain(model: nn.Module, config: dict[str, Any]) -> None:
         reason = f"{type(model).__name__} with {type(getattr(model, 'visual', None)).__name__}"
     elif extra := sorted(set(config["vision_cfg"]) - _PLAIN_VISION) + sorted(set(config["text_cfg"]) - _PLAIN_TEXT):
         reason = f"the options {', '.join(extra)}"
+    elif getattr(model, "logit_bias", None) is not None:
+        reason = "one with a logit bias"
     if reason:
         raise ValueError(f"to_transformers: expected CLIP with a plain ViT and text transformer, got {reason}. Use open_clip's layout.")
 

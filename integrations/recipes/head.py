@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.recipes.data import collate
 from geomreg.integrations.recipes.evaluate import zero_shot_head
+from geomreg.integrations.recipes.files import read_json
 
 __all__ = ["NAME", "attach_head", "linear_probe", "load_head", "take_head", "write_head", "zero_shot_classifier"]
 
@@ -111,12 +113,20 @@ def write_head(folder: Path, head: nn.Linear, start: nn.Linear, classes: Sequenc
 
 
 def load_head(folder: Path) -> tuple[nn.Linear, nn.Linear, list[str]] | None:
-    """Head, its start, and the classes' names, as :func:`write_head` wrote them; None if there is no head."""
-    if not (folder / "head.safetensors").is_file():
+    """Head, its start, and the classes' names, as :func:`write_head` wrote them; None if there is no head.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    file = folder / "head.safetensors"
+    if not file.is_file():
         return None
-    found = load_file(folder / "head.safetensors")
-    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-    return _linear(found["weight"], found["bias"]), _linear(found["start.weight"], found["start.bias"]), classes
+    try:
+        found = load_file(file)
+        head, start = _linear(found["weight"], found["bias"]), _linear(found["start.weight"], found["start.bias"])
+    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"load_head: expected a head in {file}, got a damaged file ({error}). Export the model anew.") from error
+    return head, start, read_json("load_head", folder / "classes.json", list, "names of classes", "Export the model anew.")
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

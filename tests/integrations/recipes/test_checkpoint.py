@@ -93,6 +93,10 @@ def test_damage_is_named(tmp_path):
     checkpoint.write(tmp_path, "state", {"a": torch.ones(100)})
     with pytest.raises(RuntimeError, match=r"expected process-1.json in the checkpoint .* Resume with as many processes"):
         checkpoint.read(tmp_path, "process-1")
+    with pytest.raises(
+        RuntimeError, match=r"expected run.json in the checkpoint .*, got none. Remove it: the run goes on from the one before"
+    ):
+        checkpoint.read(tmp_path, "run")
     content = (tmp_path / "state.safetensors").read_bytes()
     (tmp_path / "state.safetensors").write_bytes(content[:-8])
     with pytest.raises(RuntimeError, match=r"expected a whole checkpoint in .*, got a damaged state"):

@@ -213,6 +213,10 @@ def test_architectures_that_transformers_lacks(tmp_path):
     config["model_cfg"]["vision_cfg"]["attentional_pool"] = True
     with pytest.raises(ValueError, match=r"got the options attentional_pool. Use open_clip's layout"):
         to_transformers(model(), config, tmp_path / "out")
+    config = copy.deepcopy(CONFIG)
+    with pytest.raises(ValueError, match=r"got one with a logit bias. Use open_clip's layout"):
+        to_transformers(model(init_logit_bias=-10.0), config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
