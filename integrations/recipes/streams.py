@@ -106,7 +106,8 @@ class Stream:
             groups=self.dataset.groups if config.kind == "tar" else None,
         )
         self.batches_an_epoch = self.draws(0).batches_an_epoch
-        self.seen, self.broken, self.listed = 0, [], 0
+        self.seen, self.broken, self.looked_at = 0, [], 0
+        self.listed: set[str] = set()
 
     @property
     def batches(self) -> Batches:
@@ -121,11 +122,15 @@ class Stream:
         return from_number
 
     def check_broken(self, folder: Path) -> None:
-        """List new ones; raise when there are too many."""
-        if len(self.broken) > self.listed:
-            with open(folder / "broken.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(f"{message}\n" for message in self.broken[self.listed :])
-            self.listed = len(self.broken)
+        """List new ones, each once; raise when too many of the drawn samples were broken."""
+        new = [message for message in dict.fromkeys(self.broken[self.looked_at :]) if message not in self.listed]
+        self.looked_at = len(self.broken)
+        self.listed.update(new)
+        if new:
+            with open(folder / "broken.txt", "a+", encoding="utf-8", errors="surrogateescape") as file:
+                file.seek(0)
+                there = set(file.read().split("\n"))  # by another stream or process, or before the run was interrupted
+                file.writelines(f"{message}\n" for message in new if message not in there)
         if len(self.broken) > max(BROKEN_LEAST, BROKEN_SHARE * self.seen):
             raise RuntimeError(
                 f"finetune: expected at most {BROKEN_SHARE:.0%} of the samples to be broken, got {len(self.broken)} of {self.seen}, the "

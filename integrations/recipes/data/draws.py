@@ -85,7 +85,7 @@ class Draws(Sampler[list[tuple[int, int]]]):
 class Drawn(Dataset[dict[str, Any]]):
     """Samples by (epoch, row), with random numbers for augmentation that depend on seed, epoch and row alone.
 
-    A broken sample is replaced by the next row that is whole, and named in the sample's ``"replaced"``.
+    A broken sample is replaced by the next row that is whole, and its message is the sample's ``"replaced"``, which is None otherwise.
 
     Args:
         dataset: map-style; its samples are dicts.
@@ -98,7 +98,7 @@ class Drawn(Dataset[dict[str, Any]]):
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         epoch, row = draw
-        replaced: list[str] = []
+        replaced: str | None = None
         for k in range(TRIES):
             state = torch.get_rng_state()
             torch.default_generator.manual_seed(_seed(self.seed, epoch, row))  # torch.manual_seed would reseed the GPUs too
@@ -111,14 +111,12 @@ class Drawn(Dataset[dict[str, Any]]):
                 if self.texts is not None:
                     sample = {**sample, "text": self.texts[template, sample["label"]]}
                 return {**sample, "replaced": replaced}
-            replaced.append(sample["broken"])
-        raise ValueError(
-            f"Drawn: expected samples that can be read, got {TRIES} broken ones in a row, the first {replaced[0]}. Look at them."
-        )
+            replaced = replaced or sample["broken"]
+        raise ValueError(f"Drawn: expected samples that can be read, got {TRIES} broken ones in a row, the first {replaced}. Look at them.")
 
 
 def loader(dataset: Drawn, draws: Draws, *, workers: int = 0) -> Iterator[dict[str, Any]]:
-    """Endless collated batches; ``"broken"`` lists what was replaced."""
+    """Endless collated batches; ``"broken"`` lists the messages of the drawn samples that were replaced."""
     check_count("loader", "workers", workers, 0)
     return iter(
         DataLoader(
@@ -140,15 +138,16 @@ class _Batches(Dataset[dict[str, Any]]):
         self.dataset = dataset
 
     def __getitem__(self, draws: list[tuple[int, int]]) -> dict[str, Any]:
-        replaced: list[str] = []
+        broken: list[str] = []
 
         def samples() -> Iterator[dict[str, Any]]:
             for draw in draws:
                 sample = self.dataset[draw]
-                replaced.extend(sample.pop("replaced"))
+                if (message := sample.pop("replaced")) is not None:
+                    broken.append(message)
                 yield sample
 
-        return collate(samples(), len(draws)) | {"broken": replaced}
+        return collate(samples(), len(draws)) | {"broken": broken}
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_broken_samples_are_replaced_and_named():
     batches = taken(loader(Drawn(Numbers(6, broken=(2, 3)), seed=0), Draws(6, 3, seed=0)), 2)
     ids = [one for batch in batches for one in batch["id"]]
     assert sorted(ids) == ["0", "1", "4", "4", "4", "5"]
-    assert sorted(message for batch in batches for message in batch["broken"]) == ["2.jpg: no image", "3.jpg: no image", "3.jpg: no image"]
+    assert sorted(message for batch in batches for message in batch["broken"]) == ["2.jpg: no image", "3.jpg: no image"]
     with pytest.raises(ValueError, match=r"got 100 broken ones in a row, the first 1.jpg: no image"):
         Drawn(Numbers(3, broken=(0, 1, 2)), seed=0)[0, 1]
 
