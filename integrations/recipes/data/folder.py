@@ -51,8 +51,8 @@ class LabelledFolder(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: no such folder, no class folders, no images.
-        ValueError: class folders without images; class names for other folders than there are; a template without ``{}``; with
-            ``strict`` a broken image.
+        ValueError: class folders without images; class names for other folders than there are, or not in Unicode; a template without
+            ``{}``; with ``strict`` a broken image.
         TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
     """
 
@@ -85,6 +85,12 @@ class LabelledFolder(Dataset[dict[str, Any]]):
         self.ids: Sequence[str] = Strings.concatenate(parts)
         self.labels = np.repeat(np.arange(len(folders)), counts)
         self.classes = _names(class_names, folders)
+        for folder, class_name in zip(folders, self.classes, strict=True):
+            if not _is_unicode(class_name):
+                raise ValueError(
+                    f"{name}: expected names of classes as Unicode, got {class_name!r} of the folder {folder!r} in {self.path}. Rename it, "
+                    "or pass class_names."
+                )
 
     def class_texts(self, template: str) -> list[str]:
         """The text of each of the C classes, say for a zero-shot head."""
@@ -115,6 +121,15 @@ def class_folders(name: str, path: str) -> list[str]:
     if not folders:
         raise FileNotFoundError(f"{name}: expected a folder for each class in {path}, got none. Check the path.")
     return folders
+
+
+def _is_unicode(text: str) -> bool:
+    """Not so where a file name is no UTF-8: the text could be neither tokenized nor written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _images(folder: str, prefix: str, above: frozenset[str] = frozenset()) -> Iterator[str]:

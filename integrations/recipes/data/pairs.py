@@ -55,7 +55,7 @@ class CsvPairs(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: no such file, or the first image is not there (the others are not looked for).
-        ValueError: an empty or damaged file, a missing column, an empty path or id, an id twice; with ``strict`` a broken image.
+        ValueError: an empty or damaged file, a missing column, an empty path, caption or id, an id twice; with ``strict`` a broken image.
         TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
     """
 
@@ -95,17 +95,17 @@ class CsvPairs(Dataset[dict[str, Any]]):
         for chunk in chunks(rows):
             lines.append(np.array([line for line, _ in chunk], np.uint32))
             for what in parts:
-                parts[what].append(Strings.pack(fields[wanted[what]] for _, fields in chunk))
+                texts = [fields[wanted[what]] for _, fields in chunk]
+                if empty := [line for line, text in zip(lines[-1], texts, strict=True) if not text.strip()]:
+                    raise ValueError(
+                        f"CsvPairs: expected a text in every row of the {what} column, got an empty one in line {empty[0]} of {self.path}. "
+                        "Fill it in or leave the row out."
+                    )
+                parts[what].append(Strings.pack(texts))
         if not lines:
             raise ValueError(f"CsvPairs: expected rows after the header of {self.path}, got none. Write a row for each sample.")
         self._lines = np.concatenate(lines)
         columns = {what: Strings.concatenate(parts.pop(what)) for what in list(parts)}
-        for what in columns.keys() - {"caption"}:
-            for row in np.flatnonzero(columns[what].lengths == 0):
-                raise ValueError(
-                    f"CsvPairs: expected a text in every row of the {what} column, got an empty one in line {self._lines[row]} of "
-                    f"{self.path}. Fill it in or leave the row out."
-                )
         self._captions, self._paths = columns.get("caption"), columns.get("path")
         self.ids: Sequence[str] = self._ids(columns.get("id"), id_key)
         if "image" in self.modalities:

@@ -1,6 +1,7 @@
 """Class folders of images: order, names, templates, labels, and every mistake in the layout."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -217,3 +218,14 @@ def test_file_names_that_are_not_utf8(folder):
     assert data.ids[1] == f"n01/{name}"
     assert "image" in data[1]
     assert data.fingerprint["image"]
+
+
+def test_class_folders_that_are_not_utf8_need_names(folder):
+    """Their texts could be neither tokenized nor written beside a model."""
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    write_image(folder / name / "a.png")
+    named = re.escape(rf"'caf\udce9' of the folder 'caf\udce9' in {folder}. Rename it, or pass class_names.")
+    with pytest.raises(ValueError, match=f"^LabelledFolder: expected names of classes as Unicode, got {named}$"):
+        read(folder)
+    names = {path.name: path.name for path in folder.iterdir()}
+    assert "café" in read(folder, class_names={**names, name: "café"}).classes
