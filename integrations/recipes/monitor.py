@@ -34,6 +34,7 @@ class RunMonitor:
         workers: loading processes.
 
     Attributes:
+        dataset: as given.
         stopped: an alarm ended the run.
     """
 
@@ -48,7 +49,7 @@ class RunMonitor:
         *,
         workers: int = 0,
     ) -> None:
-        self.current, self.options, self.accelerator = current, options, accelerator
+        self.current, self.dataset, self.options, self.accelerator = current, dataset, options, accelerator
         self.file = folder / "drift.jsonl"
         rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: options.samples].sort().values
         loader = DataLoader(Subset(dataset, rows.tolist()), 64, num_workers=workers, collate_fn=collate, generator=torch.Generator())

@@ -1,12 +1,15 @@
 """The records of a run in its folder: configuration, environment, metrics."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import platform
+import re
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
@@ -17,24 +20,40 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from geomreg.integrations.recipes.config import Config
+from geomreg.integrations.recipes.data.strings import fingerprint
+from geomreg.integrations.recipes.files import read_json, writing
 from geomreg.shards import write_file
 
-__all__ = ["Log", "as_json", "check_folder", "check_trackers", "claim", "whole_lines"]
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Log", "as_json", "check_folder", "check_trackers", "claim", "release", "whole_lines"]
+
+_ADVICE = "Restore it, or use another output folder."
+_CHANGES_NOTHING = re.compile(
+    r"output|device|trackers|transformers|ensemble|train\.(workers|save_every)|model\.learning_rates"
+    r"|(target|reference|texts|probe|evaluation\..+)\.(path|subset|captions|options\.root)"  # the data themselves are compared
+)
+_LOCKS: list[Any] = []  # the file that this process has locked
 
 
 def check_folder(config: Config) -> None:
     """The run's folder is new, or of a run of this configuration; what changes no result may differ, and it may have been moved.
 
+    Where data are may differ too: :func:`claim` looks at themselves.
+
     Raises:
         FileExistsError: it is a file.
-        ValueError: a run of another configuration.
+        ValueError: a run of another configuration, or a damaged one.
     """
     if config.output.exists() and not config.output.is_dir():
         raise FileExistsError(f"finetune: expected output as a folder, got the file {config.output}. Choose another.")
     file = config.output / "config.json"
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if differing := _differing(_that_matters(before), _that_matters(_resolved(config))):
+        before = read_json("finetune", file, dict, "the configuration of a run", _ADVICE)
+        if differing := _differing(before, _resolved(config)):
             name, old, new = differing
             raise ValueError(
                 f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. Use the same configuration, or "
@@ -42,17 +61,79 @@ def check_folder(config: Config) -> None:
             )
 
 
-def claim(config: Config, accelerator: Accelerator) -> None:
-    """Write what the run is into its folder, if it is new; all processes have called :func:`check_folder`."""
-    file = config.output / "config.json"
-    if file.is_file():
-        return
+def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any] | None = None) -> None:
+    """Keep other commands out of the run's folder, and write what the run is into it, if it is new; all have called :func:`check_folder`.
+
+    Args:
+        config: of the run.
+        accelerator: its main process does all that; the others wait.
+        data: the run's data sets by name; in a run that goes on they must be those that it began with.
+
+    Raises:
+        RuntimeError: another process has the folder.
+        ValueError: as :func:`check_folder`; other data.
+    """
     accelerator.wait_for_everyone()  # no process writes before all have looked
     if accelerator.is_main_process:
         config.output.mkdir(parents=True, exist_ok=True)
-        write_file(config.output / "environment.json", (json.dumps(_environment(), indent=1) + "\n").encode())
-        write_file(file, (json.dumps(_resolved(config), indent=1) + "\n").encode())
+        _lock(config.output)
+        check_folder(config)  # again: a moment ago others could write
+        described = {name: _described(dataset) for name, dataset in (data or {}).items()}
+        files = {"environment.json": _environment(), "data.json": described, "config.json": _resolved(config)}
+        if (config.output / "config.json").is_file():
+            _check_data(config.output, described)
+        else:
+            for name, content in files.items():
+                write_file(config.output / name, (json.dumps(content, indent=1) + "\n").encode())
     accelerator.wait_for_everyone()
+
+
+def release() -> None:
+    """Let other commands use the folder that this process has claimed."""
+    while _LOCKS:
+        _LOCKS.pop().close()
+
+
+def _lock(folder: Path) -> None:
+    """Until :func:`release`, the next run of this process, or its end, whatever the end is: the lock belongs to the process, and not, as
+    that of ``flock`` would, also to its loading processes, which survive a kill for some seconds."""
+    release()
+    if fcntl is None:
+        return
+    file = open(folder / ".lock", "a")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise the file system has no locks
+            raise RuntimeError(
+                f"finetune: expected {folder} for this command alone, got another one that is at work there. Wait for its end, or use "
+                "another output folder."
+            ) from error
+    else:
+        _LOCKS.append(file)
+
+
+def _described(dataset: Any) -> dict[str, Any]:
+    """Number of samples, and digests of what can be known of them without reading images."""
+    found = {"samples": len(dataset), **getattr(dataset, "fingerprint", {})}
+    if (labels := getattr(dataset, "labels", None)) is not None:
+        found["classes"] = fingerprint(list(map(str, labels)), dataset.classes, dataset.templates)
+    return found
+
+
+def _check_data(folder: Path, now: dict[str, dict[str, Any]]) -> None:
+    """The data are those that the run began with."""
+    file = folder / "data.json"
+    before = read_json("finetune", file, dict, "digests of a run's data", _ADVICE) if file.is_file() else {}
+    for name in before.keys() & now.keys():
+        old, new = before[name], now[name]
+        if parts := [part for part in new if old.get(part) != new[part]]:
+            got = new["samples"] if "samples" in parts else f"as many of other ids or texts ({', '.join(parts)})"
+            raise ValueError(
+                f"finetune: expected the run in {folder} to go on with the {old['samples']} samples of {name} that it began with, got "
+                f"{got}. Restore them, or use another output folder."
+            )
 
 
 def _resolved(config: Config) -> dict[str, Any]:
@@ -62,20 +143,19 @@ def _resolved(config: Config) -> dict[str, Any]:
     return found
 
 
-def _that_matters(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Without what changes no result."""
-    kept = {key: value for key, value in resolved.items() if key not in ("output", "device", "trackers")}
-    return {**kept, "train": {key: value for key, value in resolved["train"].items() if key not in ("workers", "save_every")}}
-
-
 def _differing(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first value, by its dotted name, in which two configurations differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            if found := _differing(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")):
-                return found
+    """The first value, by its dotted name, in which two configurations differ; but for what changes no result."""
+    if _CHANGES_NOTHING.fullmatch(name) or _place(before) == _place(now):
         return None
-    return None if before == now else (name, before, now)
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = (_differing(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in {**before, **now})
+        return next(filter(None, found), None)
+    return name, before, now
+
+
+def _place(value: Any) -> Any:
+    """One spelling for each path of a file that there is."""
+    return os.path.realpath(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _environment() -> dict[str, Any]:
@@ -133,7 +213,7 @@ class Log:
             kept = [line for line in whole_lines(self.file) if json.loads(line)["step"] < entry["step"]]  # later ones are made again
             write_file(self.file, "".join(f"{line}\n" for line in kept).encode())
             self.bar.update(int(entry["step"]) - 1)
-        with open(self.file, "a", encoding="utf-8") as file:
+        with writing("finetune", self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(as_json(entry) + "\n")
         self.bar.update(1)
         shown = {key: f"{value:.3g}" for key, value in entry.items() if "/" not in key and key not in _NOT_SHOWN}

@@ -103,7 +103,9 @@ def test_every_kind_of_target(data, tmp_path, kind):
     assert log[0]["dive"] < 1e-9 < log[3]["dive"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json",
+        "data.json",
         "environment.json",
+        ".lock",
         "metrics.jsonl",
         "checkpoints",
         "model",
@@ -966,6 +968,7 @@ def test_what_changes_no_result_may_differ_in_a_run_that_goes_on(data, tmp_path)
     finetune_from(one)
     other = dataclasses.replace(one, train=dataclasses.replace(one.train, workers=1, save_every=3), trackers=("tensorboard",))
     finetune_from(other)
+    finetune_from(dataclasses.replace(other, model=dataclasses.replace(one.model, learning_rates=(1e-5, 1e-4))))
     with pytest.raises(ValueError, match=r"to go on with train.seed 0, got 1"):
         finetune_from(dataclasses.replace(one, train=dataclasses.replace(one.train, seed=1)))
 
@@ -1153,6 +1156,30 @@ def test_folders_of_runs(data, tmp_path, monkeypatch):
     out = finetune_from(config(data, tmp_path / "run"))
     os.replace(tmp_path / "run", tmp_path / "moved")
     assert torch.equal(weights(finetune_from(config(data, tmp_path / "moved"))), weights(tmp_path / "moved" / out.name))
+
+
+def test_a_finished_run_makes_further_exports(data, tmp_path, vit):
+    one = config(data, tmp_path / "run", model=ModelConfig(str(vit(False))), ensemble=None)
+    finetune_from(one)
+    before = weights(tmp_path / "run" / "model")
+    finetune_from(dataclasses.replace(one, transformers=True, ensemble=0.25))
+    assert (tmp_path / "run" / "transformers" / "config.json").is_file()
+    assert torch.equal(weights(tmp_path / "run" / "model"), before)
+    torch.testing.assert_close(weights(tmp_path / "run" / "ensemble" / "alpha-0.25"), 0.75 * weights(vit(False)) + 0.25 * before)
+    assert len(logged(tmp_path / "run")) == 4
+
+
+def test_damaged_configuration_of_a_run(data, tmp_path, capsys):
+    file = tmp_path / "run" / "config.json"
+    file.parent.mkdir()
+    given = ["--model.name", "emojiclip", "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "4"]
+    for content in ('{"model": {"name', "[]"):
+        file.write_text(content)
+        assert main(["finetune", *given, "--output", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert re.search(
+            rf"^geomreg: finetune: expected the configuration of a run in {file}, got .*\. Restore it, or use", error, re.MULTILINE
+        )
 
 
 def test_an_error_ends_the_bar(data, tmp_path, capsys):
