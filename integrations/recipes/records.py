@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from geomreg.integrations.recipes.config import Config
@@ -66,7 +67,7 @@ def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any] | No
 
     Args:
         config: of the run.
-        accelerator: its main process does all that; the others wait.
+        accelerator: its main process does all that; what it finds wrong is raised on all.
         data: the run's data sets by name; in a run that goes on they must be those that it began with.
 
     Raises:
@@ -74,18 +75,29 @@ def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any] | No
         ValueError: as :func:`check_folder`; other data.
     """
     accelerator.wait_for_everyone()  # no process writes before all have looked
+    wrong: list[Exception | None] = [None]
     if accelerator.is_main_process:
-        config.output.mkdir(parents=True, exist_ok=True)
-        _lock(config.output)
-        check_folder(config)  # again: a moment ago others could write
-        described = {name: _described(dataset) for name, dataset in (data or {}).items()}
-        files = {"environment.json": _environment(), "data.json": described, "config.json": _resolved(config)}
-        if (config.output / "config.json").is_file():
-            _check_data(config.output, described)
-        else:
-            for name, content in files.items():
-                write_file(config.output / name, (json.dumps(content, indent=1) + "\n").encode())
-    accelerator.wait_for_everyone()
+        try:
+            _claim(config, data or {})
+        except (ValueError, RuntimeError, OSError) as error:
+            release()
+            wrong = [error]
+    broadcast_object_list(wrong)  # so that all say the same, and none waits
+    if wrong[0] is not None:
+        raise wrong[0]
+
+
+def _claim(config: Config, data: Mapping[str, Any]) -> None:
+    config.output.mkdir(parents=True, exist_ok=True)
+    _lock(config.output)
+    check_folder(config)  # again: a moment ago others could write
+    described = {name: _described(dataset) for name, dataset in data.items()}
+    if (config.output / "config.json").is_file():
+        _check_data(config.output, described)
+        return
+    files = {"environment.json": _environment(), "data.json": described, "config.json": _resolved(config)}
+    for name, content in files.items():
+        write_file(config.output / name, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def release() -> None:
