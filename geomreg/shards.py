@@ -84,10 +84,10 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "Free some space, or build elsewhere" if full else "Look at the folder"
+        advice = "Free some space, or write elsewhere" if full else "Look at the folder"
         raise OSError(
-            f"EmbeddingCache: expected to write {len(content) / 1e6:.0f} MB to {path}, got: {error.strerror}. "
-            f"{advice}; finished shards are kept, and the same call goes on from them."
+            f"write_file: expected to write {len(content) / 1e6:.0f} MB to {path}, got: {error.strerror}. "
+            f"{advice}; what is finished is kept, and the same call goes on from it."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

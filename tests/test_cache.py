@@ -527,7 +527,7 @@ def test_disk_full(tmp_path, monkeypatch):
         write(descriptor)
 
     monkeypatch.setattr(shards.os, "fsync", full)
-    with pytest.raises(OSError, match=r"expected to write 0 MB to .*, got: No space left on device. Free some space"):
+    with pytest.raises(OSError, match=r"^write_file: expected to write 0 MB to .*, got: No space left on device. Free some space"):
         built(tmp_path, teacher=teacher)
     monkeypatch.undo()
     assert not list(tmp_path.rglob("*.tmp"))
