@@ -103,8 +103,8 @@ class MethodConfig:
             (ZSCL). The first two train neither text tower nor logit scale.
         label_smoothing: of a classification.
         caption_weight: of the contrastive loss between target images and their generated captions (ARF; needs ``target.captions``).
-        bank: of texts, for terms that take one: ``texts``, other captions at each step, or ``contexts``, each of the target's templates,
-            of which it needs several, averaged over its classes (CAR-FT).
+        bank: of texts, for terms that take one: ``texts``, other captions at each step, or ``contexts``, each of the target's templates
+            averaged over its classes (CAR-FT); if it has only one, five of CLIP's.
         bank_size: texts of a bank; None: as many as reference samples.
         teacher: ``frozen`` copy of the model, ``adapters_off`` (with LoRA), ``averaged``, or ``cached`` (needs ``cache``).
         teacher_decay: of an averaged teacher.
@@ -336,7 +336,6 @@ def _check_unused(config: Config) -> None:
         ("train.reference_batch_size", "reference data", references or banks),
         ("train.regularize_every", "terms on reference data", references),
         ("train.unique_texts", "a target loss with texts", not method.trains_head),
-        ("train.evaluate_every", "an evaluation", bool(config.evaluation)),
         ("model.max_logit_scale", "a trained logit scale", not method.trains_head),
     ):
         part, _, name = option.partition(".")

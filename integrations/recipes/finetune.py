@@ -37,9 +37,9 @@ from geomreg.integrations.recipes.losses import Contrastive, HeadClassification,
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
 from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.passes import ON_PARAMETERS
-from geomreg.integrations.recipes.records import Log, as_json, check_folder, check_trackers, claim, whole_lines
+from geomreg.integrations.recipes.records import Log, as_json, check_folder, check_trackers, claim, release, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
-from geomreg.integrations.recipes.streams import Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
+from geomreg.integrations.recipes.streams import CONTEXTS, Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
@@ -57,16 +57,24 @@ def finetune_from(config: Config) -> Path:
 
     A dry run loads everything, takes a few steps, says how long the run will be and what it needs, and writes nothing.
 
-    The run's folder holds config.json (resolved), environment.json, metrics.jsonl, evaluation.jsonl, checkpoints, drift.jsonl if there is
-    a probe, broken.txt if samples could not be read, and in open_clip's layout, adapters merged, the final model in ``model``, the best
-    in ``best`` and the mixture with the model at the start in ``ensemble``; a trained head is beside the weights, in head.safetensors
-    and classes.json. If asked for, ``transformers`` holds the final model for its CLIPModel. In the .jsonl files null stands for a number
-    that is not finite.
+    The run's folder holds config.json (resolved), environment.json, data.json (digests of the data), metrics.jsonl, evaluation.jsonl,
+    checkpoints, drift.jsonl if there is a probe, broken.txt if samples could not be read, and in open_clip's layout, adapters merged, the
+    final model in ``model``, the best in ``best`` and the mixture with the model at the start in ``ensemble``; a trained head is beside the
+    weights, in head.safetensors and classes.json. If asked for, ``transformers`` holds the final model for its CLIPModel. In the .jsonl
+    files null stands for a number that is not finite.
 
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.
-        RuntimeError: a loss that is not finite; too many broken samples.
+        RuntimeError: a loss that is not finite; too many broken samples; another command at work in the folder.
+        OSError: no space to write to.
     """
+    try:
+        return _finetune_from(config)
+    finally:
+        release()
+
+
+def _finetune_from(config: Config) -> Path:
     check_trackers(config.trackers)
     accelerator = Accelerator(
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # accelerate joins processes on a CPU only when told so
@@ -86,7 +94,9 @@ def finetune_from(config: Config) -> Path:
         _try(run)
         return config.output
     run.try_samples()
-    claim(config, accelerator)
+    data = {name: stream.dataset for name, stream in run.streams.items()}
+    data |= {f"evaluation.{name}": dataset for name, dataset in evaluation.data.items()}
+    claim(config, accelerator, data if monitor is None else {**data, "probe": monitor.dataset})
     log = Log(config, run.settings.steps, accelerator)
 
     def on_step(entry: dict[str, float]) -> None:
@@ -234,12 +244,10 @@ class _Run:
         if method.bank == "contexts":
             if self.tokens is None:
                 raise ValueError(f"finetune: expected labelled target data for bank=contexts, got {config.target.kind}. Use bank=texts.")
-            if len(self.tokens) < 2:
-                raise ValueError(
-                    "finetune: expected several templates of the target for bank=contexts, got one: over one context nothing can change. "
-                    "Set target.options.templates, which captions have none of."
-                )
-            self.texts = bank_of_contexts(self.tokens, self.teacher, self.accelerator)
+            tokens = self.tokens
+            if len(tokens) < 2:  # over one context nothing can change
+                tokens = class_tokens(self.streams["target"].dataset, self.loaded, CONTEXTS)
+            self.texts = bank_of_contexts(tokens, self.teacher, self.accelerator)
             return
         data = found if config.texts is None else data_of(config, config.texts)
         if data is None or (data.kind in READERS and data.modalities == ("image",)):

@@ -62,7 +62,7 @@ def check_folder(config: Config) -> None:
             )
 
 
-def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any] | None = None) -> None:
+def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any]) -> None:
     """Keep other commands out of the run's folder, and write what the run is into it, if it is new; all have called :func:`check_folder`.
 
     Args:
@@ -78,7 +78,7 @@ def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any] | No
     wrong: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
-            _claim(config, data or {})
+            _claim(config, data)
         except (ValueError, RuntimeError, OSError) as error:
             release()
             wrong = [error]

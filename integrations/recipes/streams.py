@@ -1,7 +1,7 @@
 """The data of a run: endless batches of its target and reference, and banks of texts."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from geomreg.integrations.recipes.train import Banks, Batches
 from geomreg.regularizers.text_guided import context_embeddings
 from geomreg.teacher import Teacher
 
-__all__ = ["Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "data_of", "read"]
+__all__ = ["CONTEXTS", "Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "data_of", "read"]
 
+CONTEXTS = ("a photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a drawing of a {}.", "a close-up photo of a {}.")
+"""Of CLIP's 80 templates, the choice is ours: contexts where a target has one template alone."""
 BROKEN_SHARE, BROKEN_LEAST = 0.01, 10  # more broken samples than this stop a run
 
 
@@ -43,9 +45,9 @@ def read(
     return dataset if config.subset is None else Subset(dataset, config.subset)
 
 
-def class_tokens(dataset: Any, loaded: Model) -> Tensor:
-    """``(T, C, L)`` token ids of the C classes of a labelled data set in its T templates."""
-    return torch.stack([loaded.tokenizer(dataset.class_texts(template)) for template in dataset.templates])
+def class_tokens(dataset: Any, loaded: Model, templates: Sequence[str] = ()) -> Tensor:
+    """``(T, C, L)`` token ids of the C classes of a labelled data set in T templates, by default its own."""
+    return torch.stack([loaded.tokenizer(dataset.class_texts(template)) for template in templates or dataset.templates])
 
 
 def data_of(config: Config, data: DataConfig | None) -> DataConfig | None:

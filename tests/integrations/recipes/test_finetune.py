@@ -24,7 +24,7 @@ from PIL import Image
 
 from geomreg import Embeddings
 from geomreg.integrations.quickstart.experiment import model_folder
-from geomreg.integrations.recipes import cli, records
+from geomreg.integrations.recipes import cli, records, streams
 from geomreg.integrations.recipes import evaluate as evaluate_module
 from geomreg.integrations.recipes import finetune as finetune_module
 from geomreg.integrations.recipes.cli import main
@@ -460,7 +460,6 @@ COLUMNS = DataConfig("csv", "x")
     [
         ({"train": {"reference_batch_size": 4}}, "expected reference data for train.reference_batch_size=4, got none in flyp"),
         ({"train": {"regularize_every": 2}}, "expected terms on reference data for train.regularize_every=2, got none in flyp"),
-        ({"train": {"evaluate_every": 2}}, "expected an evaluation for train.evaluate_every=2, got none in flyp"),
         (
             {"train": {"unique_texts": True}, "method": HEAD},
             "expected a target loss with texts for train.unique_texts=True, got none in van",
@@ -485,6 +484,17 @@ def test_options_that_do_nothing(tmp_path, parts, message):
         made()
 
 
+def test_contexts_where_the_target_has_one_template(data, tmp_path):
+    """Over one context nothing could change."""
+    method = dataclasses.replace(HEAD, target_terms=CONTEXT, bank="contexts")
+    one = config(data, tmp_path / "run", kind="folder", method=method, learning_rate=1e-3)
+    run = finetune_module._Run(one, finetune_module.Accelerator(cpu=True))
+    assert next(run.texts(0)).shape[0] == len(streams.CONTEXTS) == 5
+    finetune_from(one)
+    log = [json.loads(line) for line in (one.output / "metrics.jsonl").read_text().splitlines()]
+    assert log[-1][next(iter(CONTEXT))] > 0 < log[-1]["gradient_ratio"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -492,7 +502,6 @@ def test_options_that_do_nothing(tmp_path, parts, message):
         ({"bank_size": 3}, "expected a term that takes a bank with method.bank or bank_size, got none in m"),
         ({"teacher": "averaged"}, "expected a term that needs a teacher with teacher=averaged, got none in m"),
         ({"teacher": "cached", "cache": True}, "expected a term that needs a teacher with teacher=cached, got none in m"),
-        ({"target_terms": CONTEXT, "bank": "contexts"}, "expected several templates of the target for bank=contexts, got one"),
     ],
 )
 def test_options_without_a_term_for_them(data, tmp_path, options, message):
@@ -757,7 +766,8 @@ def test_a_measure_that_is_not_finite(data, tmp_path, monkeypatch):
     """Is null in the file, never the best, and hinders no later one."""
     values = iter([math.nan, math.nan, 20.0, math.nan, 30.0, 25.0, 10.0])  # at the start, in 5 steps, and of the mixture
     monkeypatch.setattr(finetune_module, "evaluate", lambda *args, **options: {"accuracy": 50.0, "worst_group": next(values)})
-    monkeypatch.setattr(finetune_module, "read", lambda *args, **options: mock.Mock(groups=[0], classes=[]))
+    grouped = type("Grouped", (list,), {"groups": [0], "classes": []})()
+    monkeypatch.setattr(finetune_module, "read", lambda *args, **options: grouped)
     saved = []
     monkeypatch.setattr(finetune_module._Run, "export", lambda run, folder: saved.append(folder.name))
     monkeypatch.setattr(finetune_module, "ensemble", lambda options: [model_folder()])

@@ -157,7 +157,7 @@ def test_data_without_files(tmp_path):
     ],
 )
 def test_what_changes_no_result_may_differ(tmp_path, changes):
-    claim(config(tmp_path / "run", target=DataConfig("csv", "pairs.csv", {"root": "data"})), Accelerator(cpu=True))
+    claim(config(tmp_path / "run", target=DataConfig("csv", "pairs.csv", {"root": "data"})), Accelerator(cpu=True), {})
     check_folder(config(tmp_path / "run", **changes))
 
 
@@ -173,7 +173,7 @@ def test_what_changes_no_result_may_differ(tmp_path, changes):
     ],
 )
 def test_what_changes_results_may_not(tmp_path, changes, message):
-    claim(config(tmp_path / "run"), Accelerator(cpu=True))
+    claim(config(tmp_path / "run"), Accelerator(cpu=True), {})
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         check_folder(config(tmp_path / "run", **changes))
     assert f"to go on with {message}" in str(raised.value)
@@ -182,13 +182,13 @@ def test_what_changes_results_may_not(tmp_path, changes, message):
 def test_a_model_may_be_spelled_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    claim(config(tmp_path / "run", model=ModelConfig("model")), Accelerator(cpu=True))
+    claim(config(tmp_path / "run", model=ModelConfig("model")), Accelerator(cpu=True), {})
     for name in ("./model", str(tmp_path / "model"), "model/"):
         check_folder(config(Path("run"), model=ModelConfig(name)))
 
 
 def holding(output, ready, end):
-    claim(config(output), Accelerator(cpu=True))
+    claim(config(output), Accelerator(cpu=True), {})
     if os.fork() > 0:  # the other stays for a while after a kill, as a loading process does
         ready.set()
     while not end.exists():
@@ -208,12 +208,12 @@ def test_one_command_at_a_time(tmp_path):
             rf"^finetune: expected {tmp_path}/run for this command alone, got another one that is at work there\. Wait for its end, or use"
         )
         with pytest.raises(RuntimeError, match=message):
-            claim(config(tmp_path / "run"), Accelerator(cpu=True))
+            claim(config(tmp_path / "run"), Accelerator(cpu=True), {})
         assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-        claim(config(tmp_path / "another"), Accelerator(cpu=True))
+        claim(config(tmp_path / "another"), Accelerator(cpu=True), {})
         process.kill()
         process.join()
-        claim(config(tmp_path / "run"), Accelerator(cpu=True))
+        claim(config(tmp_path / "run"), Accelerator(cpu=True), {})
     finally:
         end.touch()
         process.kill()
@@ -221,11 +221,11 @@ def test_one_command_at_a_time(tmp_path):
 
 def test_runs_of_one_process_follow_one_another(tmp_path):
     for output in ("run", "run", "another", "run"):
-        claim(config(tmp_path / output), Accelerator(cpu=True))
+        claim(config(tmp_path / output), Accelerator(cpu=True), {})
 
 
 def test_a_folder_without_locks(tmp_path, monkeypatch):
     for lock in (None, SimpleNamespace(LOCK_EX=2, LOCK_NB=4, lockf=lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))):
         monkeypatch.setattr(records, "fcntl", lock)
-        claim(config(tmp_path / "run"), Accelerator(cpu=True))
+        claim(config(tmp_path / "run"), Accelerator(cpu=True), {})
     assert (tmp_path / "run" / "config.json").is_file()
