@@ -152,9 +152,13 @@ class ZeroShotAgreement(MomentsMetric):
         check_same_samples("ZeroShotAgreement", *pair, minimum=1, same_rows=False, same_width=True)
 
     def _add(self, student: Tensor, teacher: Tensor) -> None:
-        decisions, shifts = _decisions("ZeroShotAgreement", student, teacher, (self.student_heads, self.teacher_heads))
-        self.moments = [self._collected(Moments.of(shifts)).record()]
+        decisions, _ = _decisions("ZeroShotAgreement", student, teacher, (self.student_heads, self.teacher_heads))
+        super()._add(student, teacher)
         self.decisions.append(decisions.flatten())
+
+    def _moments(self, student: Tensor, teacher: Tensor) -> Moments:
+        f, p = (check_directions("ZeroShotAgreement", label, value) for label, value in (("student", student), ("teacher", teacher)))
+        return Moments.of(f - p)
 
     def compute(self) -> ZeroShotBound:
         """:class:`ZeroShotBound` over everything collected."""

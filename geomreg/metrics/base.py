@@ -1,6 +1,7 @@
 """What the metric classes have in common: how they collect, over batches and processes."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -51,7 +52,7 @@ class EmbeddingMetric(Metric):
         on_cpu = self.compute_on_cpu
         try:
             return super().forward(*args, **kwargs)
-        except Exception:
+        except BaseException:  # Ctrl-C too
             for name, value in before.items():
                 setattr(self, name, value)
             self._update_count, self._computed, self._enable_grad, self.compute_on_cpu = count, None, False, on_cpu
@@ -146,9 +147,9 @@ class PairedMetric(EmbeddingMetric):
         labels = ("student", "teacher")
         check_same_samples(type(self).__name__, labels, (student, teacher), minimum=1, same_width=self.same_width)
 
+    @abstractmethod
     def _add(self, student: Tensor, teacher: Tensor) -> None:
         """Store rows; raises before, if their widths are not those of the rows before."""
-        raise NotImplementedError
 
     def _check_ids(self) -> None:
         if not len(self.ids):
@@ -173,9 +174,9 @@ class MomentsMetric(PairedMetric):
     def __init__(self, modality: str, states: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(modality, ("moments", *states), **kwargs)
 
+    @abstractmethod
     def _moments(self, student: Tensor, teacher: Tensor) -> Moments:
         """Of one batch."""
-        raise NotImplementedError
 
     def _add(self, student: Tensor, teacher: Tensor) -> None:
         self.moments = [self._collected(self._moments(student, teacher)).record()]

@@ -1196,3 +1196,26 @@ def test_an_error_ends_the_bar(data, tmp_path, capsys):
     with pytest.raises(RuntimeError, match="expected a finite loss"):
         finetune_from(config(data, tmp_path / "run", learning_rate=1e9, steps=8))
     assert capsys.readouterr().err.endswith("\n")  # what follows has a line of its own
+
+
+def test_a_run_goes_on_with_its_data_alone(data, tmp_path):
+    """Of target, evaluation and probe; and lets its folder go, also when it is refused."""
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    classes = DataConfig("folder", str(copied / "classes"))
+    one = config(copied, tmp_path / "run", evaluation={"id": classes})
+    one = dataclasses.replace(one, probe=classes, monitor=MonitorConfig(samples=8))
+    finetune_from(one)
+    assert set(json.loads((one.output / "data.json").read_text())) == {"target", "reference", "evaluation.id", "probe"}
+    assert not records._LOCKS
+    rows = (copied / "pairs.tsv").read_text()
+    (copied / "pairs.tsv").write_text(rows[: rows.rindex("classes")])
+    with pytest.raises(ValueError, match=r"to go on with the 40 samples of (target|reference) that it began with, got 39\."):
+        finetune_from(one)
+    (copied / "pairs.tsv").write_text(rows)
+    gone = (copied / "classes" / "owl" / "38.png").rename(copied / "38.png")
+    with pytest.raises(ValueError, match=r"to go on with the 40 samples of (evaluation\.id|probe) that it began with, got 39\."):
+        finetune_from(one)
+    assert not records._LOCKS
+    gone.rename(copied / "classes" / "owl" / "38.png")
+    finetune_from(one)
