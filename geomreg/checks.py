@@ -4,6 +4,7 @@ Every message reads ``<callable>: expected <what>, got <value>. <what to do>.``
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -17,6 +18,7 @@ from geomreg.types import Embeddings
 __all__ = [
     "check_all_finite",
     "check_anchors",
+    "check_arguments",
     "check_axis",
     "check_bank",
     "check_below",
@@ -28,6 +30,7 @@ __all__ = [
     "check_collapse",
     "check_common_ids",
     "check_count",
+    "check_dense",
     "check_directions",
     "check_distances_differ",
     "check_embeddings",
@@ -58,6 +61,7 @@ __all__ = [
     "check_points",
     "check_positive",
     "check_prefixes",
+    "check_returned",
     "check_rows",
     "check_same_ids",
     "check_same_keys",
@@ -79,41 +83,89 @@ __all__ = [
 
 
 def describe(value: object) -> str:
-    """Shape and dtype of a tensor, the type's name of anything else."""
+    """Shape and dtype of a tensor, the name of a class, the type's name of anything else."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+        if value.is_nested:
+            return f"nested {str(value.dtype).removeprefix('torch.')} tensor"
+        layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        place = " on meta" if value.device.type == "meta" else ""
+        return f"{layout}{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}{place}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     return "None" if value is None else f"{type(value).__name__}"
+
+
+def check_dense(name: str, label: str, value: Tensor) -> Tensor:
+    """A tensor that loss mathematics can be done with: strided, with values, and floating point of 16 bits or more."""
+    if value.is_nested or value.layout != torch.strided:
+        hint = "Pad it to one length a sample." if value.is_nested else "Convert with .to_dense()."
+        raise TypeError(f"{name}: expected {label} as a dense tensor, got a {describe(value)}. {hint}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point {label}, got {describe(value)}. Convert with .float().")
+    if value.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name}: expected {label} in 16, 32 or 64 bits, got {describe(value)}. Convert with .float(); small differences are lost in 8."
+        )
+    if value.device.type == "meta":
+        raise TypeError(f"{name}: expected {label} with values, got a {describe(value)}. Load the model's weights and embed with them.")
+    return value
 
 
 def check_matrix(name: str, label: str, value: object) -> Tensor:
     """Embeddings: a floating-point tensor ``(B, D)`` with at least one row and column."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {label} embeddings as a tensor of shape (B, D), got {describe(value)}. Pass a tensor.")
+        raise TypeError(
+            f"{name}: expected {label} embeddings as a tensor of shape (B, D), got {describe(value)}. {_tensor_of(value, 'Pass a tensor.')}"
+        )
+    if value.is_nested or value.layout != torch.strided:
+        check_dense(name, f"{label} embeddings", value)
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(
             f"{name}: expected {label} embeddings of shape (B, D) with B, D >= 1, got {describe(value)}. "
             "Flatten or pool to one vector per sample."
         )
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point {label} embeddings, got {describe(value)}. Convert with .float().")
-    return value
+    return check_dense(name, f"{label} embeddings", value)
+
+
+def _tensor_of(value: object, otherwise: str) -> str:
+    """What to do about a value that is no tensor: outputs of models hold one."""
+    for attribute in ("image_embeds", "text_embeds", "pooler_output", "last_hidden_state"):
+        if isinstance(getattr(value, attribute, None), Tensor):
+            return f"Take its tensor, .{attribute} say."
+    if not isinstance(value, Tensor) and (isinstance(value, (list, tuple)) or hasattr(value, "__array__")):
+        return "Convert with torch.as_tensor()."
+    return otherwise
+
+
+def check_returned(name: str, embeddings: object) -> Embeddings:
+    """What ``encode`` returned: :class:`Embeddings` of tensors."""
+    if not isinstance(embeddings, Embeddings):
+        hint = _tensor_of(embeddings, "Wrap its result.") if not isinstance(embeddings, tuple) else "Wrap its result."
+        raise TypeError(f"{name}: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. {hint}")
+    for field, value in embeddings._asdict().items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: expected encode to return {field} embeddings as a tensor, got {describe(value)}. "
+                f"{_tensor_of(value, 'Pass a tensor.')}"
+            )
+    return embeddings
 
 
 def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "", *, same_width: bool = True, other: str = "teacher") -> None:
     """Student and teacher embeddings of the same samples: equal ``(B, D)``, one device, a constant teacher."""
     label = f"{modality} " if modality else ""
     check_matrix(name, f"{label}student", student)
+    if isinstance(teacher, Tensor) and student.device != teacher.device:
+        raise ValueError(
+            f"{name}: expected {label}student and {other} on one device, got {student.device} and {teacher.device}. "
+            f"Move the {other}'s embeddings."
+        )
     check_matrix(name, f"{label}{other}", teacher)
     if len(student) != len(teacher) or (same_width and student.shape != teacher.shape):
         what = "shape" if same_width else "number of rows"
         raise ValueError(
             f"{name}: expected {label}student and {other} embeddings of one {what}, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Embed the same batch with both models."
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"{name}: expected {label}student and {other} on one device, got {student.device} and {teacher.device}. "
-            f"Move the {other}'s embeddings."
         )
     if teacher.requires_grad:
         raise ValueError(
@@ -225,6 +277,8 @@ def check_maps(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) 
     for label, value in (("student", student), ("teacher", teacher)):
         if not isinstance(value, (list, tuple)) or not all(isinstance(one, Tensor) and one.is_floating_point() for one in value):
             raise TypeError(f"{name}: expected {label} maps as a list of floating-point tensors, got {describe(value)}. Use FeatureMaps.")
+        for one in value:
+            check_dense(name, f"{label} maps", one)
     if len(student) != len(teacher) or not student:
         raise ValueError(f"{name}: expected as many maps from both models, got {len(student)} and {len(teacher)}. Name the same layers.")
 
@@ -249,7 +303,10 @@ def check_chunks(name: str, batch: Any) -> Any:
     """A tensor, or a tuple, list or dict of tensors, of one length along dimension 0."""
     tensors = [batch] if isinstance(batch, Tensor) else list(batch.values()) if isinstance(batch, Mapping) else batch
     if not isinstance(tensors, (list, tuple)) or not tensors or not all(isinstance(value, Tensor) for value in tensors):
-        raise TypeError(f"{name}: expected batch as a tensor, or a tuple or dict of tensors, got {describe(batch)}. Collate it first.")
+        raise TypeError(
+            f"{name}: expected batch as a tensor, or a tuple or dict of tensors, got {_content(batch)}. Collate it first, and leave "
+            "out what the encoder does not take."
+        )
     lengths = [len(value) if value.ndim else None for value in tensors]
     if len(set(lengths)) > 1 or not lengths[0]:
         raise ValueError(
@@ -257,6 +314,37 @@ def check_chunks(name: str, batch: Any) -> Any:
             "length as parts."
         )
     return batch
+
+
+def _content(batch: Any) -> str:
+    """A batch by its first entry that is no tensor."""
+    entries = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, (list, tuple)) else ()
+    for key, value in entries:
+        if not isinstance(value, Tensor):
+            return f"{describe(batch)} with {describe(value)} at {key!r}"
+    return f"an empty {describe(batch)}" if isinstance(batch, (Mapping, list, tuple)) else describe(batch)
+
+
+def check_arguments(name: str, called: inspect.Signature, given: Sequence[object], options: Mapping[str, object]) -> None:
+    """Arguments with which a class can be built: known names, by position only what it takes by position, and all that it needs."""
+    known = [key for key, one in called.parameters.items() if one.kind is not one.VAR_POSITIONAL]
+    places = [key for key, one in called.parameters.items() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}." if known else "It takes no options."
+            raise TypeError(f"{name}: expected options that it has, got {key}. {hint}")
+    if len(given) > len(places):
+        what = f"at most {len(places)} arguments" if places else "options"
+        example = next((key for key in known if key not in places), None)
+        hint = f"Write {example}=..., say." if example else "Leave the others out."
+        raise TypeError(f"{name}: expected {what} {'by position' if places else 'by name'}, got {len(given)} by position. {hint}")
+    for key in places[: len(given)]:
+        if key in options:
+            raise TypeError(f"{name}: expected {key} once, got it by position and by name. Leave one out.")
+    for key, one in called.parameters.items():
+        if one.default is one.empty and key not in options and key not in places[: len(given)]:
+            raise TypeError(f"{name}: expected {', '.join(known)}, got no {key}. Pass it.")
 
 
 def check_same_rows(name: str, embeddings: Embeddings, rows: int) -> Embeddings:

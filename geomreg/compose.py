@@ -34,8 +34,11 @@ class WeightedSum(nn.Module):
         {'avl': 1000.0, 'pvl': 990.0}
     """
 
-    def __init__(self, **terms: tuple[float | Schedule | BalancedWeight, nn.Module]) -> None:
+    def __init__(self, *unnamed: Any, **terms: tuple[float | Schedule | BalancedWeight, nn.Module]) -> None:
         super().__init__()
+        if unnamed:
+            hint = "Write WeightedSum(**terms)." if isinstance(unnamed[0], dict) else "Write WeightedSum(keep=(1.0, term)), say."
+            raise TypeError(f"WeightedSum: expected terms by name, name=(weight, regularizer), got {describe(unnamed[0])} without. {hint}")
         if not terms:
             raise ValueError("WeightedSum: expected at least one name=(weight, regularizer), got none. Add a term.")
         self.numbers: dict[str, float] = {}  # weights in force of terms with a number or a schedule
@@ -51,6 +54,10 @@ class WeightedSum(nn.Module):
             if not isinstance(entry, tuple) or len(entry) != 2:
                 raise TypeError(f"WeightedSum: expected {name}=(weight, regularizer), got {describe(entry)}. Write {name}=(1.0, term).")
             weight, regularizer = entry
+            if isinstance(weight, nn.Module) and not isinstance(weight, BalancedWeight):
+                raise TypeError(
+                    f"WeightedSum: expected {name}=(weight, regularizer), got {describe(weight)} first. Write the weight first."
+                )
             if isinstance(weight, BalancedWeight):
                 self.balanced[name] = weight
             elif callable(weight) and not isinstance(weight, Tensor):
@@ -59,9 +66,8 @@ class WeightedSum(nn.Module):
                 check_weight("WeightedSum", f"the weight of {name}", weight)
                 self.numbers[name] = float(weight)
             if not isinstance(regularizer, nn.Module) or not hasattr(regularizer, "step"):
-                raise TypeError(
-                    f"WeightedSum: expected {name} as an nn.Module with step(), got {describe(regularizer)}. Use a geomreg term."
-                )
+                hint = "Call it to build one." if isinstance(regularizer, type) else "Use a geomreg term."
+                raise TypeError(f"WeightedSum: expected {name} as an nn.Module with step(), got {describe(regularizer)}. {hint}")
             if any(regularizer is one for one in self.regularizers.values()) or any(
                 weight is one for one in list(self.balanced.values())[:-1]
             ):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from geomreg.checks import check_chunks, check_count, check_same_rows, check_scalar, describe
+from geomreg.checks import check_chunks, check_count, check_returned, check_same_rows, check_scalar, describe
 from geomreg.types import Embeddings
 
 __all__ = ["backward"]
@@ -219,10 +219,7 @@ def _like(batch: Any, pieces: dict[str, Tensor]) -> Any:
 
 
 def _encoded(chunk: _Chunk) -> Embeddings:
-    embeddings = chunk.encode(chunk.batch)
-    if not isinstance(embeddings, Embeddings):
-        raise TypeError(f"backward: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. Wrap its result.")
-    return check_same_rows("backward", embeddings, _rows(chunk.batch))
+    return check_same_rows("backward", check_returned("backward", chunk.encode(chunk.batch)), _rows(chunk.batch))
 
 
 def _merged(encoded: list[list[Embeddings]]) -> Embeddings:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from geomreg.checks import check_count, check_fraction, check_modalities, describe
+from geomreg.checks import check_count, check_fraction, check_modalities, check_returned, describe
 from geomreg.schedules import Schedule
 from geomreg.types import Embeddings
 
@@ -66,8 +66,9 @@ class Teacher(nn.Module):
         """The student itself with its PEFT adapters switched off for the call: no parameter is copied.
 
         Storage is shared on purpose; what is not an adapter must stay frozen. Modes and ``requires_grad`` of every submodule are
-        restored after each call. Adapters inside ``nn.MultiheadAttention`` are refused: PEFT merges them into the base weights for
-        each forward and takes them out again, which is not exact. Use a frozen copy there.
+        restored after each call. Adapters on ``nn.MultiheadAttention`` are refused: PEFT merges them into the base weights for
+        each forward and takes them out again, which is not exact; use a frozen copy there. So are adapters on its ``out_proj``, which
+        never run: the attention reads that layer's weight and does not call it.
 
         Args:
             model: a model with PEFT adapters (LoRA and its relatives), not merged.
@@ -149,10 +150,7 @@ class Teacher(nn.Module):
 
     def forward(self, batch: Any) -> Embeddings:
         with torch.no_grad():
-            embeddings = self.encode(self.model, batch)
-        if not isinstance(embeddings, Embeddings):
-            raise TypeError(f"Teacher: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. Wrap its result.")
-        return embeddings
+            return check_returned("Teacher", self.encode(self.model, batch))
 
     def train(self, mode: bool = True) -> "Teacher":
         """Changes nothing: a teacher stays in evaluation mode."""
@@ -231,11 +229,22 @@ def _adapters(model: nn.Module) -> list[nn.Module]:
     found = [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "base_layer")]
     if not found:
         raise ValueError("Teacher: expected a model with PEFT adapters, got none. Add them first, or use Teacher(model, encode).")
+    unused = {
+        id(child): f"{name}.{part}".lstrip(".")
+        for name, owner in model.named_modules()
+        if isinstance(owner, nn.MultiheadAttention)
+        for part, child in owner.named_children()
+    }
     for module in found:
         if isinstance(_base_layer(module), nn.MultiheadAttention):
             raise ValueError(
                 "Teacher: expected adapters on layers that can be switched off exactly, got one on nn.MultiheadAttention. "
                 "Use a frozen copy, Teacher(model, encode)."
+            )
+        if id(module) in unused:
+            raise ValueError(
+                f"Teacher: expected adapters that run, got one at {unused[id(module)]!r}: nn.MultiheadAttention reads the weight of its "
+                "out_proj and never calls it, so the adapter changes nothing. Put adapters on the MLP layers."
             )
         if getattr(module, "merged", False):
             raise ValueError("Teacher: expected adapters beside their weights, got merged ones. Call unmerge_adapter() first.")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import peft
 import pytest
@@ -217,6 +218,19 @@ def test_encode_must_return_embeddings(result):
         Teacher(student_model(), lambda model, batch: result)(BATCH)
 
 
+@dataclass
+class Output:
+    """As models of transformers return it."""
+
+    pooler_output: torch.Tensor
+
+
+@pytest.mark.parametrize(("wrap", "what"), [(lambda x: x, "geomreg.Embeddings"), (Embeddings, "image embeddings as a tensor")])
+def test_outputs_of_models_are_no_embeddings(wrap, what):
+    with pytest.raises(TypeError, match=rf"^Teacher: expected encode to return {what}, got Output\. Take its tensor, \.pooler_output say"):
+        Teacher(student_model(), lambda model, batch: wrap(Output(model(batch))))(BATCH)
+
+
 def test_start_of_training_costs_nothing():
     student, regularizer = student_model().eval(), DiVE(normalize=False)
     teacher = Teacher(student, lambda model, batch: Embeddings(model(batch), model(2 * batch)))
@@ -430,4 +444,12 @@ def test_adapters_on_attention_are_refused():
     model = nn.Sequential(nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)}))
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attention"], r=2))
     with pytest.raises(ValueError, match=r"^Teacher: expected adapters on layers that can be switched off exactly"):
+        Teacher.adapters_off(model, encode)
+
+
+def test_adapters_that_never_run_are_refused():
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    config = peft.LoraConfig(r=2, target_modules=["0.linear1", "0.self_attn.out_proj"])
+    model = peft.inject_adapter_in_model(config, model)
+    with pytest.raises(ValueError, match=r"^Teacher: expected adapters that run, got one at '0.self_attn.out_proj': nn.MultiheadAttention"):
         Teacher.adapters_off(model, encode)

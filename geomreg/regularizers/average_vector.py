@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option, check_width
 from geomreg.distributed import all_reduce_max, all_reduce_sum, world_size
 from geomreg.precision import apply_keeping_fp32, at_least_fp32, full_precision
-from geomreg.regularizers.common import unit
+from geomreg.regularizers.common import named_options, unit
 from geomreg.types import Embeddings
 
 __all__ = ["AverageVectorLoss", "average_vector_loss"]
@@ -87,6 +87,7 @@ def average_vector_loss(
     return total
 
 
+@named_options
 class AverageVectorLoss(nn.Module):
     """Module form of :func:`average_vector_loss`; owns the running mean of all difference vectors.
 

@@ -1,15 +1,35 @@
 """What several regularizers do with their inputs: unit vectors, one modality after the other, rows of all processes."""
 
+import functools
+import inspect
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from geomreg.checks import check_embeddings, check_pairs_present, check_student
+from geomreg.checks import check_arguments, check_embeddings, check_paired_embeddings, check_pairs_present, check_student
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.types import Embeddings
 
-__all__ = ["chosen", "pairs", "summed", "unit", "unit_along", "unit_rows"]
+__all__ = ["chosen", "named_options", "pairs", "summed", "unit", "unit_along", "unit_rows"]
+
+T = TypeVar("T")
+
+
+def named_options(owner: type[T]) -> type[T]:
+    """Class decorator of every term: a mistyped option of the constructor is called by its name, with the nearest that there is."""
+    init = owner.__init__
+    called = inspect.signature(init)
+    called = called.replace(parameters=list(called.parameters.values())[1:])  # without self
+
+    @functools.wraps(init)
+    def checked(self: Any, *given: Any, **options: Any) -> None:
+        check_arguments(type(self).__name__, called, given, options)
+        init(self, *given, **options)
+
+    owner.__init__ = checked  # type: ignore[method-assign]
+    return owner
 
 
 def unit_rows(value: Tensor) -> Tensor:
@@ -61,6 +81,7 @@ def chosen(
 def pairs(name: str, student: Embeddings, normalize: bool) -> tuple[Tensor, Tensor]:
     """Images and texts of a term that looks at the student alone."""
     image, text = check_pairs_present(name, check_student(name, student))
+    check_paired_embeddings(name, image, text)
     return (unit_rows(image), unit_rows(text)) if normalize else (image, text)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from geomreg.checks import check_axis, check_layers, check_map_pair, check_maps, check_module, check_positive
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import summed, unit_along
+from geomreg.regularizers.common import named_options, summed, unit_along
 from geomreg.types import Embeddings
 
 __all__ = ["FeatureMapDistance", "FeatureMaps", "feature_map_distance_loss"]
@@ -70,7 +70,9 @@ class FeatureMaps:
     """Collects the outputs of some layers of a model while a context is open.
 
     Args:
-        model: any ``nn.Module``. An output that a later layer changes in place is seen changed.
+        model: any ``nn.Module``. An output that a later layer changes in place is seen changed. A compiled model that has run before
+            gives no outputs, since ``torch.compile`` skips hooks that are added later: run it under
+            ``torch.compiler.set_stance("force_eager")``.
         layers: names as in ``model.named_modules()``; LDIFS takes ``ln_pre`` and blocks 3, 6, 9 and 12 of a ViT.
 
     Example:
@@ -94,7 +96,11 @@ class FeatureMaps:
         """The last output of each layer, in the order of ``layers``."""
         missing = [k for k in range(len(self._modules)) if k not in self._found]
         if missing:
-            raise RuntimeError(f"FeatureMaps: expected an output of every layer, got none of {len(missing)}. Run the model in the context.")
+            raise RuntimeError(
+                f"FeatureMaps: expected an output of every layer, got none of {len(missing)}. Run the model in the context. If it was: "
+                "torch.compile skips hooks that are added after a model's first compiled call; run a compiled model under "
+                'torch.compiler.set_stance("force_eager").'
+            )
         return [self._found[k] for k in range(len(self._modules))]
 
     def __enter__(self) -> "FeatureMaps":
@@ -114,6 +120,7 @@ class FeatureMaps:
         self._handles.clear()
 
 
+@named_options
 class FeatureMapDistance(nn.Module):
     """Module form of :func:`feature_map_distance_loss`; takes ``feature_maps=`` of the student and ``teacher_feature_maps=``.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_modalities, check_pair, check_rows
 from geomreg.distributed import gathered_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import chosen, summed
+from geomreg.regularizers.common import chosen, named_options, summed
 from geomreg.types import Embeddings
 
 __all__ = ["RelationalAngle", "RelationalDistance", "relational_angle_loss", "relational_distance_loss"]
@@ -150,6 +150,7 @@ def _angles(x: Tensor) -> Tensor:
     return directions @ directions.transpose(1, 2)
 
 
+@named_options
 class RelationalDistance(nn.Module):
     """Module form of :func:`relational_distance_loss`, added over modalities; over the batches of all processes.
 
@@ -174,6 +175,7 @@ class RelationalDistance(nn.Module):
         return f"modalities={self.modalities}, normalize={self.normalize}"
 
 
+@named_options
 class RelationalAngle(nn.Module):
     """Module form of :func:`relational_angle_loss`, added over modalities; over the batches of all processes.
 

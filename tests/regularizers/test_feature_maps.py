@@ -113,3 +113,18 @@ def test_bad_axis_and_eps():
             FeatureMapDistance(axis=axis)
     with pytest.raises(ValueError, match=r"^FeatureMapDistance: expected eps as a finite number > 0"):
         FeatureMapDistance(eps=0.0)
+
+
+def test_a_model_that_was_compiled_and_run_before():
+    """torch.compile skips hooks that come later: an error that says so, and what it advises works."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    compiled = torch.compile(model, backend="eager")
+    inputs = torch.ones(2, 4)
+    expected = compiled(inputs)
+    with FeatureMaps(model, ["0", "1"]) as maps:
+        compiled(inputs)
+    with pytest.raises(RuntimeError, match=r"^FeatureMaps: expected an output of every layer, got none of 2.*torch.compile skips hooks"):
+        _ = maps.values
+    with FeatureMaps(model, ["0", "1"]) as maps, torch.compiler.set_stance("force_eager"):
+        compiled(inputs)
+    assert torch.equal(maps.values[1], expected)
