@@ -1,6 +1,7 @@
-"""How hard losses pull at embeddings: norms of the gradients that arrive there."""
+"""How hard losses pull at embeddings: norms of the gradients that arrive there; and what a graph reaches."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from geomreg.checks import check_option, check_student
 from geomreg.types import Embeddings
 
-__all__ = ["GradientNorms"]
+__all__ = ["GradientNorms", "reached"]
 
 ROLES = ("task", "regularizer")
 
@@ -65,3 +66,21 @@ class GradientNorms:
     def reset(self) -> None:
         """Begin anew, with the next step."""
         self.squares: dict[str, Tensor] = {}
+
+
+def reached(value: Tensor) -> dict[Any, None]:
+    """Nodes of the graph behind a tensor, and its leaf tensors."""
+    found: dict[Any, None] = {}
+    queue: list[Any] = [value.grad_fn] if value.grad_fn is not None else []
+    if not queue and value.requires_grad:
+        found[value] = None
+    while queue:
+        node = queue.pop()
+        if node is None or node in found:
+            continue
+        found[node] = None
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            found[leaf] = None
+        queue += [following for following, _ in node.next_functions]
+    return found

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from geomreg.checks import check_chunks, check_count, check_returned, check_same_rows, check_scalar, describe
+from geomreg.gradients import reached
 from geomreg.types import Embeddings
 
 __all__ = ["backward"]
@@ -262,7 +263,7 @@ def _watched(embeddings: Embeddings) -> Embeddings:
 def _check_reached(loss: Tensor, embeddings: Embeddings) -> None:
     """The loss depends on embeddings that require grad; of a frozen encoder, on something that does."""
     own = {value if value.grad_fn is None else value.grad_fn for value in embeddings if value is not None and value.requires_grad}
-    if not (own & _reached(loss).keys() if own else loss.requires_grad):
+    if not (own & reached(loss).keys() if own else loss.requires_grad):
         raise ValueError(
             "backward: expected a loss that depends on embeddings with gradient, got one that does not. Use what loss_fn is given, do not "
             "detach it, and train some of the encoder."
@@ -272,31 +273,13 @@ def _check_reached(loss: Tensor, embeddings: Embeddings) -> None:
 def _check_declared(loss: Tensor, leaves: Embeddings, parameters: Sequence[Tensor]) -> None:
     """Beside the embeddings the loss depends on no parameter that is not declared."""
     known = {id(value) for value in (*leaves, *parameters)}
-    undeclared = [value for value in _reached(loss) if isinstance(value, Tensor) and id(value) not in known]
+    undeclared = [value for value in reached(loss) if isinstance(value, Tensor) and id(value) not in known]
     if undeclared:
         raise ValueError(
             f"backward: expected every tensor that loss_fn uses outside of encode in parameters, got {len(undeclared)} more that "
             f"require grad, the first a {describe(undeclared[0])}. Pass parameters=[model.logit_scale], say; terms on feature maps "
             "cannot be chunked."
         )
-
-
-def _reached(value: Tensor) -> dict[Any, None]:
-    """Nodes of the graph of ``value`` and its leaf tensors."""
-    found: dict[Any, None] = {}
-    queue: list[Any] = [value.grad_fn] if value.grad_fn is not None else []
-    if not queue and value.requires_grad:
-        found[value] = None
-    while queue:
-        node = queue.pop()
-        if node is None or node in found:
-            continue
-        found[node] = None
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            found[leaf] = None
-        queue += [following for following, _ in node.next_functions]
-    return found
 
 
 def _separable(

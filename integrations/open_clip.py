@@ -42,9 +42,7 @@ def embed(model: nn.Module, images: Tensor | None = None, texts: Tensor | None =
     plain = unwrap(model)
     with full_precision_tail(plain):
         if normalize:
-            if images is None and plain is model and isinstance(model, CoCa):  # its forward needs images
-                image, text = None, model.encode_text(texts)
-            else:
+            with _towers_alone(plain):
                 image, text = _features(model(images, texts))
             return Embeddings(*(None if x is None else F.normalize(_float(x), dim=-1) for x in (image, text)))
         if plain is not model:
@@ -65,6 +63,26 @@ def unwrap(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+@contextmanager
+def _towers_alone(model: nn.Module) -> Iterator[None]:
+    """Within, the forward pass of a CoCa embeds and no more: its own also runs the caption decoder, and needs images.
+
+    Wrappers for several processes go through ``forward``, so that is what is exchanged.
+    """
+    if not isinstance(model, CoCa):
+        yield
+        return
+
+    def forward(image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return None if image is None else model.encode_image(image), None if text is None else model.encode_text(text)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def _float(value: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import check_plain, to_open_clip, to_transformers
 from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, load_head, take_head, zero_shot_classifier
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
-from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, load, merge_adapters
+from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, freeze_unreached, load, merge_adapters
 from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.passes import ON_PARAMETERS
 from geomreg.integrations.recipes.records import Log, as_json, check_folder, check_trackers, claim, release, whole_lines
@@ -175,6 +175,9 @@ class _Run:
             freeze(model, dataclasses.replace(config.model, frozen=(*config.model.frozen, "text"), logit_scale="frozen"))
         else:
             freeze(model, config.model)
+        if names := freeze_unreached(self.loaded):
+            towers = ", ".join(dict.fromkeys(name.rpartition(".")[0].split(".resblocks")[0] or name for name in names))
+            warnings.warn(f"finetune: {len(names)} parameters on which no embedding depends are not trained ({towers}).", stacklevel=4)
         if any(described) and teacher is None:
             teacher = _teacher(config, self.loaded)
         self.regularizer, self.target_regularizer = (regularizer_of(terms, model) if terms else None for terms in described)

@@ -12,12 +12,26 @@ from typing import Any, Literal
 
 import open_clip
 import torch
+from PIL import Image
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from geomreg.checks import check_count, check_positive
+from geomreg.gradients import reached
+from geomreg.integrations.open_clip import embed
 
-__all__ = ["Lora", "Model", "ModelConfig", "clamp_logit_scale", "compile_blocks", "freeze", "load", "merge_adapters", "model_folder"]
+__all__ = [
+    "Lora",
+    "Model",
+    "ModelConfig",
+    "clamp_logit_scale",
+    "compile_blocks",
+    "freeze",
+    "freeze_unreached",
+    "load",
+    "merge_adapters",
+    "model_folder",
+]
 
 ADAPTED = ("c_fc", "c_proj", "fc1", "fc2")  # the MLP layers of open_clip's transformers, and of timm's
 
@@ -183,6 +197,26 @@ def freeze(model: nn.Module, config: ModelConfig) -> nn.Module:
     if not any(value.requires_grad for name, value in model.named_parameters() if not name.startswith("logit_")):
         raise ValueError(f"freeze: expected something to train, got frozen {', '.join(config.frozen)}. Leave a layer out.")
     return model
+
+
+def freeze_unreached(loaded: Model) -> list[str]:
+    """Freeze what no embedding depends on, a caption decoder say; in place. Returns the names of these parameters.
+
+    No loss on embeddings trains them, and processes that train together would wait for their gradients. One blank image and one text are
+    embedded to find out. Logit scale and bias, which losses use themselves, stay as they are.
+    """
+    sample = {"image": loaded.transform(Image.new("RGB", (8, 8)))[None], "text": loaded.tokenizer(["a picture"])}
+    device = next(loaded.model.parameters()).device
+    embedded = embed(loaded.model, *(value.to(device) for value in sample.values()))
+    known = {id(value) for one in embedded if one is not None for value in reached(one) if isinstance(value, Tensor)}
+    found = [
+        name
+        for name, value in loaded.model.named_parameters()
+        if value.requires_grad and id(value) not in known and not name.startswith("logit_")
+    ]
+    for name in found:
+        loaded.model.get_parameter(name).requires_grad_(False)
+    return found
 
 
 def _belongs(name: str, part: str) -> bool:

@@ -62,6 +62,31 @@ def test_embed_equals_open_clip(kind, output_dict):
     torch.testing.assert_close(alone.text, unit.text)
 
 
+def test_no_caption_decoder_runs():
+    """Not of the plain model, nor behind a wrapper through whose forward pass the call goes; which is its own again afterwards."""
+    model, (images, texts) = build("coca", output_dict=True), inputs("coca")
+    calls = []
+    model.text_decoder.register_forward_hook(lambda *_: calls.append(1))
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, *given):
+            return self.module(*given)
+
+    expected = embed(model, images, texts)
+    for one, other in zip(embed(Wrapper(), images, texts), expected, strict=True):
+        assert torch.equal(one, other)
+    assert embed(Wrapper(), texts=texts).image is None
+    with pytest.raises(RuntimeError):
+        embed(model, images[:, :1], texts)
+    assert not calls
+    assert "logits" in model(images, texts)
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("kind", VISION)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_tail_is_fp32_under_autocast(kind, normalize):

@@ -16,6 +16,7 @@ from PIL import Image
 from processes import free_port
 
 from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.models import load
 
 DEVICE = "cpu" if torch.accelerator.is_available() else "auto"  # which must join the processes too
@@ -198,3 +199,31 @@ def test_stopped_killed_and_resumed_is_bitwise_the_same(data, tmp_path, held):
 def test_dry_run_in_two_processes(data, tmp_path):
     launched(CLI, arguments(data, tmp_path / "run", "dive", "--dry_run", "true", *SHARDED["shards"]), processes=2)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def coca(tmp_path_factory):
+    """A small CoCa, whose caption decoder no loss on embeddings reaches."""
+    folder = tmp_path_factory.mktemp("coca")
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 1, "attentional_pool": True}
+    config = {"embed_dim": 32, "vision_cfg": vision | {"attn_pooler_heads": 2, "output_tokens": True}, "multimodal_cfg": text}
+    config |= {"text_cfg": text | {"embed_cls": True, "output_tokens": True}, "custom_text": True}
+    torch.manual_seed(0)
+    model = open_clip.coca_model.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    return to_open_clip(model, {"model_cfg": config, "preprocess_cfg": preprocess}, folder / "model")
+
+
+def test_a_caption_decoder_stays_as_it_is_in_one_process_and_two(coca, data, tmp_path):
+    """Nobody waits for its gradients, and weight decay does not move it."""
+    start = weights(coca)
+    for held in ("one", *SHARDED):
+        given = arguments(data, tmp_path / held, "flyp", *SHARDED.get(held, []), "--train.steps", "3")
+        given[given.index("--model.name") + 1] = str(coca)
+        launched(IN_FP64, given, processes=1 if held == "one" else 2)
+        ends = weights(tmp_path / held / "model")
+        assert all(torch.equal(value, start[name]) for name, value in ends.items() if name.startswith("text_decoder."))
+        assert any(not torch.equal(value, start[name]) for name, value in ends.items())
+        for before, after in zip(records(tmp_path / "one"), records(tmp_path / held), strict=True):
+            assert after == pytest.approx(before, rel=1e-5, abs=1e-12)

@@ -13,7 +13,7 @@ from geomreg import Teacher
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes.export import to_open_clip, to_transformers
-from geomreg.integrations.recipes.models import Lora, ModelConfig, clamp_logit_scale, freeze, load, merge_adapters
+from geomreg.integrations.recipes.models import Lora, Model, ModelConfig, clamp_logit_scale, freeze, freeze_unreached, load, merge_adapters
 from geomreg.integrations.recipes.train import encode
 
 CONFIG = {
@@ -236,3 +236,52 @@ def test_folders_of_others_are_not_replaced(tmp_path):
     with pytest.raises(FileExistsError, match=r"expected a new folder or an earlier export, got .*mine with other files"):
         to_open_clip(model(), CONFIG, tmp_path / "mine")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+
+
+# what no embedding depends on
+
+
+def with_what_it_needs(found):
+    size = open_clip.image_transform(16, is_train=False)
+    return Model(found, {}, size, size, lambda texts: torch.randint(1, 60, (len(texts), 8)))
+
+
+def coca(**vision):
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    tower = {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 32,
+        "head_width": 16,
+        "layers": 1,
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+    }
+    tower |= {"output_tokens": True, **vision}
+    return open_clip.coca_model.CoCa(
+        embed_dim=32, vision_cfg=tower, text_cfg=text | {"embed_cls": True, "output_tokens": True}, multimodal_cfg=text
+    ).eval()
+
+
+@pytest.mark.parametrize("pool", [True, "parallel", "cascade"])
+def test_a_caption_decoder_is_frozen(pool):
+    found = coca(attentional_pool=pool)
+    names = freeze_unreached(with_what_it_needs(found))
+    assert {name for name in names if name.startswith("text_decoder.")} == {
+        name for name, _ in found.named_parameters() if name.startswith("text_decoder.")
+    }
+    assert trained(found) == {name for name, _ in found.named_parameters()} - set(names)
+    sum(one.sum() for one in embed(found, torch.randn(2, 3, 16, 16), torch.randint(1, 60, (2, 8)))).backward()
+    reached = {name for name, value in found.named_parameters() if value.grad is not None}
+    assert reached == {name for name in trained(found) if not name.startswith("logit_")}
+    assert freeze_unreached(with_what_it_needs(found)) == []
+
+
+def test_nothing_else_is_frozen():
+    found = model()
+    loaded = with_what_it_needs(found)
+    transform = open_clip.image_transform(32, is_train=False)
+    loaded = Model(found, {}, transform, transform, lambda texts: BATCH["text"][: len(texts)])
+    before = trained(found)
+    assert freeze_unreached(loaded) == []
+    assert trained(found) == before
