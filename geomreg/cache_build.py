@@ -1,6 +1,5 @@
 """How an embedding cache is made: samples, their embeddings, tables that grow shard by shard."""
 
-import errno
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from geomreg.checks import check_count, describe
+from geomreg.locking import Lock
 from geomreg.shards import DTYPES, Shard, Table, id_hashes, read_json, shard_name, write_file, write_index, write_json, write_shard
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
@@ -51,11 +51,6 @@ __all__ = [
     "rank_of_process",
     "tidy",
 ]
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "cache.json"
 VIEW = {"image": "preprocessing", "text": "tokenizer"}  # the part of a fingerprint that says how samples are seen
@@ -509,10 +504,9 @@ def locked(path: Path) -> Iterator[bool]:
         RuntimeError: another process builds there.
         OSError: a folder that cannot be written and holds no cache.
     """
-    file = path / ".lock"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        stream = open(file, "w", encoding="ascii")  # noqa: SIM115
+        lock = Lock.take(path / ".lock")
     except OSError as error:
         if (path / MANIFEST).is_file():
             yield False
@@ -520,21 +514,12 @@ def locked(path: Path) -> Iterator[bool]:
         raise OSError(
             f"EmbeddingCache.build: expected a folder that can be written, got {path} ({error.strerror}). Choose another path."
         ) from error
-    with stream:
-        try:
-            if fcntl is not None:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(stream.fileno()).st_ino != file.stat().st_ino  # removed by one that has just finished
-        except FileNotFoundError:
-            taken = True
-        except OSError as error:  # other kinds: a file system without locks
-            taken = error.errno in (errno.EAGAIN, errno.EACCES)
-        if taken:
-            raise RuntimeError(f"EmbeddingCache.build: expected no other build in {path}, got one that is running. Wait for it.")
-        try:
-            yield True
-        finally:
-            file.unlink(missing_ok=True)
+    if lock is None:
+        raise RuntimeError(f"EmbeddingCache.build: expected no other build in {path}, got one that is running. Wait for it.")
+    try:
+        yield True
+    finally:
+        lock.release(remove=True)
 
 
 def published(path: Path) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The records of a run in its folder: configuration, environment, metrics."""
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -23,12 +22,8 @@ from tqdm import tqdm
 from geomreg.integrations.recipes.config import Config
 from geomreg.integrations.recipes.data.strings import fingerprint
 from geomreg.integrations.recipes.files import read_json, writing
+from geomreg.locking import Lock
 from geomreg.shards import write_file
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Log", "as_json", "check_folder", "check_trackers", "claim", "release", "whole_lines"]
 
@@ -37,7 +32,7 @@ _CHANGES_NOTHING = re.compile(
     r"output|device|trackers|transformers|ensemble|train\.(workers|save_every)|model\.learning_rates"
     r"|(target|reference|texts|probe|evaluation\..+)\.(path|subset|captions|options\.root)"  # the data themselves are compared
 )
-_LOCKS: list[Any] = []  # the file that this process has locked
+_LOCKS: list[Lock] = []  # of the folder that this process has claimed
 
 
 def check_folder(config: Config) -> None:
@@ -103,27 +98,19 @@ def _claim(config: Config, data: Mapping[str, Any]) -> None:
 def release() -> None:
     """Let other commands use the folder that this process has claimed."""
     while _LOCKS:
-        _LOCKS.pop().close()
+        _LOCKS.pop().release()
 
 
 def _lock(folder: Path) -> None:
-    """Until :func:`release`, the next run of this process, or its end, whatever the end is: the lock belongs to the process, and not, as
-    that of ``flock`` would, also to its loading processes, which survive a kill for some seconds."""
+    """Until :func:`release`, the next run of this process, or its end."""
     release()
-    if fcntl is None:
-        return
-    file = open(folder / ".lock", "a")  # noqa: SIM115
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise the file system has no locks
-            raise RuntimeError(
-                f"finetune: expected {folder} for this command alone, got another one that is at work there. Wait for its end, or use "
-                "another output folder."
-            ) from error
-    else:
-        _LOCKS.append(file)
+    lock = Lock.take(folder / ".lock")
+    if lock is None:
+        raise RuntimeError(
+            f"finetune: expected {folder} for this command alone, got another one that is at work there. Wait for its end, or use "
+            "another output folder."
+        )
+    _LOCKS.append(lock)
 
 
 def _described(dataset: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 
 from geomreg import Embeddings
 from geomreg.integrations.recipes import monitor as monitor_module
-from geomreg.integrations.recipes import records
 from geomreg.integrations.recipes.config import Config, DataConfig, ModelConfig, MonitorConfig, TrainConfig
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, RandomTexts
 from geomreg.integrations.recipes.models import load
@@ -222,10 +221,3 @@ def test_one_command_at_a_time(tmp_path):
 def test_runs_of_one_process_follow_one_another(tmp_path):
     for output in ("run", "run", "another", "run"):
         claim(config(tmp_path / output), Accelerator(cpu=True), {})
-
-
-def test_a_folder_without_locks(tmp_path, monkeypatch):
-    for lock in (None, SimpleNamespace(LOCK_EX=2, LOCK_NB=4, lockf=lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))):
-        monkeypatch.setattr(records, "fcntl", lock)
-        claim(config(tmp_path / "run"), Accelerator(cpu=True), {})
-    assert (tmp_path / "run" / "config.json").is_file()
