@@ -45,11 +45,17 @@ def check_arguments(loss_fn: Callable[..., Tensor], separable: bool) -> None:
 
 def refuse_unseparable(term: object) -> None:
     """A regularizer, or a sum of them, whose value is no mean over samples."""
-    if isinstance(term, nn.Module) and hasattr(term, "step") and not getattr(term, "separable", False):
+    if isinstance(term, nn.Module) and hasattr(term, "step") and not getattr(term, "separable", False) and _takes_student(term):
         raise ValueError(
             f"backward: expected a loss that is a mean over samples with separable=True, got {type(term).__name__}, which is none. "
             "Leave separable out; separable=term.separable always fits."
         )
+
+
+def _takes_student(module: nn.Module) -> bool:
+    """A regularizer; others have a ``step`` too, such as teachers."""
+    inner = getattr(module, "_orig_mod", module)  # of torch.compile
+    return next(iter(signature(inner.forward).parameters), None) == "student"
 
 
 @contextmanager
