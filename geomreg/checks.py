@@ -290,6 +290,8 @@ def check_map_pair(name: str, student: Tensor, teacher: Tensor, axis: int) -> No
             f"{name}: expected maps of one shape and device from both models, got {describe(student)} on {student.device} and "
             f"{describe(teacher)} on {teacher.device}. Use the same layers and batch."
         )
+    if not student.numel():
+        raise ValueError(f"{name}: expected maps with at least one number, got {describe(student)}. Drop what is empty.")
     if teacher.requires_grad:
         raise ValueError(
             f"{name}: expected teacher maps without gradient, got some that require grad. Run the teacher under torch.no_grad()."
@@ -608,6 +610,18 @@ def check_same_keys(name: str, first: Mapping[str, Tensor], second: Mapping[str,
             )
 
 
+def check_mixed(name: str, key: str, start: Tensor, stop: Tensor, mixed: Tensor) -> None:
+    """Numbers of two state dicts whose mean is one: no NaN, and infinity on both sides alone."""
+    if bool((mixed.isfinite() | (start == stop)).all()):
+        return
+    whose = "pre-trained" if not bool(start.isfinite().all()) else "fine-tuned"
+    bad = start if whose == "pre-trained" else stop
+    what = "NaN" if bool(bad.isnan().any()) else "infinity"
+    raise ValueError(
+        f"{name}: expected finite numbers in {key!r}, got {what} in the {whose} weights. Take a checkpoint from before the run diverged."
+    )
+
+
 def check_sample_count(name: str, count: int, minimum: int) -> None:
     """Enough samples for distances that can be compared."""
     if count < minimum:
@@ -665,9 +679,14 @@ def check_same_samples(
 
 
 def check_size(name: str, label: str, embeddings: Tensor) -> None:
-    """Numbers whose fourth powers do not overflow in fp64: any of a narrower type."""
-    if embeddings.dtype == torch.float64 and bool(embeddings.detach().abs().max() > 1e60):
+    """Numbers whose fourth powers neither overflow nor vanish in fp64: any of a narrower type, and zeros alone."""
+    if embeddings.dtype != torch.float64:
+        return
+    largest = float(embeddings.detach().abs().max())
+    if largest > 1e60:
         raise ValueError(f"{name}: expected {label} embeddings below 1e60, got larger ones. Their powers overflow; scale them.")
+    if 0 < largest < 1e-60:
+        raise ValueError(f"{name}: expected {label} embeddings above 1e-60, got smaller ones alone. Their powers vanish; scale them.")
 
 
 def check_collapse(name: str, label: str, collapsed: bool) -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_inputs, check_weight, describe
+from geomreg.chunks import current_pass
 from geomreg.schedules import BalancedWeight, Schedule
+from geomreg.separable import refuse_unseparable
 from geomreg.types import Embeddings, Terms
 
 __all__ = ["WeightedSum"]
@@ -122,6 +124,8 @@ class WeightedSum(nn.Module):
     def terms(self, student: Embeddings, teacher: Embeddings | None = None, **inputs: Any) -> Terms:
         """The total with graph, and each term's detached, unweighted value."""
         check_inputs("WeightedSum", inputs, self.inputs, self.optional_inputs)
+        if current_pass() is not None:
+            refuse_unseparable(self)
         values = {}
         for name, regularizer in self.regularizers.items():
             needed, optional = _takes(regularizer)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from geomreg.checks import check_fraction, check_same_keys
+from geomreg.checks import check_fraction, check_mixed, check_same_keys
 from geomreg.precision import at_least_fp32
 
 __all__ = ["alpha_sweep", "interpolate"]
@@ -29,7 +29,8 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
         New state dict; no tensor shares storage with the inputs.
 
     Raises:
-        ValueError: ``alpha`` outside [0, 1], a key missing on one side, shapes or kinds of numbers that differ.
+        ValueError: ``alpha`` outside [0, 1], a key missing on one side, shapes or kinds of numbers that differ, NaN, infinity on one
+            side alone.
 
     Example:
         >>> import torch
@@ -47,7 +48,9 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
             wide = torch.promote_types(at_least_fp32(end).dtype, pretrained[key].dtype)
             start = pretrained[key].detach().to(end.device, wide)
             stop = end.detach().to(wide)
-            merged[key] = torch.where(start == stop, stop, torch.lerp(start, stop, float(alpha))).to(end.dtype)  # masks hold -inf
+            mixed = torch.where(start == stop, stop, torch.lerp(start, stop, float(alpha)))  # masks hold -inf
+            check_mixed("interpolate", key, start, stop, mixed)
+            merged[key] = mixed.to(end.dtype)
         else:
             merged[key] = end.detach().clone()
     return merged

@@ -5,15 +5,18 @@ GradCache (Gao et al., 2021, arXiv 2101.06983) for any encoder and any loss on e
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from geomreg.checks import check_chunks, check_count, check_returned, check_same_rows, check_scalar, describe
+from geomreg.checks import check_chunks, check_count, check_option, check_returned, check_same_rows, check_scalar, describe
+from geomreg.chunks import SeparablePass, separable_pass
 from geomreg.gradients import reached
+from geomreg.random_state import random_state, set_random_state
+from geomreg.separable import check_arguments, refusing_unseparable, try_once
 from geomreg.types import Embeddings
 
 __all__ = ["backward"]
@@ -30,7 +33,7 @@ def backward(
     chunk_size: int,
     model: nn.Module | None = None,
     parameters: Sequence[Tensor] = (),
-    separable: bool = False,
+    separable: bool | Literal["unchecked"] = False,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
     sync: bool = True,
 ) -> Tensor:
@@ -54,7 +57,9 @@ def backward(
             last chunk alone; None in a single process.
         parameters: tensors that require grad and that ``loss_fn`` uses outside of ``encode``, such as the logit scale. Their
             gradient enters in the last chunk's backward pass, so that DDP sees it. Those that ``loss_fn`` does not use get zero.
-        separable: the loss is a mean over samples: one pass, each chunk's loss weighted by its share of the batch.
+        separable: the loss is a mean over samples: one pass, each chunk's loss weighted by its share of the batch. Terms that say they
+            are no such mean are refused. Any other function is tried once on random embeddings: its value for some rows must be the
+            mean of those for their halves. ``"unchecked"`` leaves the trial out, for a function that counts how often it is called.
         scale: applied to the loss once, ``GradScaler.scale`` say.
         sync: False on all but the last call of an optimizer step. That call must see every parameter that is trained: let its
             ``parameters`` name the logit scale also where only the step's other losses use it.
@@ -64,9 +69,10 @@ def backward(
 
     Raises:
         ValueError: ``chunk_size`` < 1, tensors of different or zero length, embeddings of other rows, widths or modalities
-            between chunks, a loss that does not depend on the embeddings, a loss that is not 0-d; in several chunks and without
-            ``separable`` also a parameter that ``loss_fn`` uses and ``parameters`` lacks.
-        TypeError: ``encode`` returns no :class:`Embeddings`; the batch holds no tensors.
+            between chunks, a loss that does not depend on the embeddings, a loss that is not 0-d, with ``separable`` a loss that is no
+            mean over samples; in several chunks and without ``separable`` also a parameter that ``loss_fn`` uses and ``parameters``
+            lacks.
+        TypeError: ``encode`` returns no :class:`Embeddings`; the batch holds no tensors; ``loss_fn`` takes other arguments.
         RuntimeError: a batch normalisation in training mode, whose statistics would be those of the chunks.
 
         Whatever is refused is refused before any gradient is added; but with ``separable`` what shows in a later chunk leaves the
@@ -92,13 +98,16 @@ def backward(
     check_count("backward", "chunk_size", chunk_size, 1)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("backward: expected to run outside of torch.inference_mode(), got it switched on. Leave it; no_grad is fine.")
+    check_option("backward", "separable", separable, (False, True, "unchecked"))
+    check_arguments(loss_fn, bool(separable))
     parameters = _declared(parameters)
     parts = _parts(encode, batch)
     chunks = [
         _Chunk(part, encoder, piece, start) for part, (encoder, one) in enumerate(parts) for start, piece in _chunked(one, chunk_size)
     ]
     if separable:
-        return _separable(parts, chunks, loss_fn, model, parameters, scale, sync)
+        with refusing_unseparable():
+            return _separable(parts, chunks, loss_fn, model, parameters, scale, sync, tried=separable == "unchecked")
     if len(chunks) == len(parts):  # nothing to save
         with torch.enable_grad(), _synchronised(model, sync):
             embeddings = _watched(_merged([[_encoded(chunk)] for chunk in chunks]))
@@ -111,14 +120,14 @@ def backward(
     states, encoded = [], [[] for _ in parts]  # type: ignore[var-annotated]
     with torch.no_grad(), _refusing_batch_norm(model):
         for chunk in chunks:
-            states.append(_random_state(devices))
+            states.append(random_state(devices))
             # copies: a slice would keep all that it is a slice of, and a reused output would be overwritten
             encoded[chunk.part].append(Embeddings(*(None if x is None else x.detach().clone() for x in _encoded(chunk))))
     torch.clear_autocast_cache()  # weights that were cast without graph
     leaves = Embeddings(*(None if value is None else value.detach().requires_grad_() for value in _merged(encoded)))
     with torch.enable_grad():
         loss = check_scalar("backward", loss_fn(leaves))
-        after = _random_state(devices)  # a loss may draw too
+        after = random_state(devices)  # a loss may draw too
         _check_reached(loss, leaves)
         _check_declared(loss, leaves, parameters)
         wanted = [value for value in leaves if value is not None]
@@ -130,7 +139,7 @@ def backward(
 
     def products(k: int) -> list[Tensor]:
         """What, encoded again, has the cached gradient."""
-        _set_random_state(states[k], devices)
+        set_random_state(states[k], devices)
         return [
             (value * gradient[starts[k] : starts[k] + len(value)].to(value.dtype)).sum().to(loss.dtype)
             for name, value in _encoded(chunks[k])._asdict().items()
@@ -150,7 +159,7 @@ def backward(
         added |= _add_gradient([product for k in final.values() for product in products(k)] + of_loss)
     if not added:
         raise ValueError("backward: expected a loss that depends on embeddings with gradient, got a frozen encoder. Train some of it.")
-    _set_random_state(after, devices)
+    set_random_state(after, devices)
     return loss.detach()
 
 
@@ -290,11 +299,13 @@ def _separable(
     parameters: Sequence[Tensor],
     scale: Callable[[Tensor], Tensor],
     sync: bool,
+    tried: bool,
 ) -> Tensor:
     if len(parts) > 1:
         raise ValueError(f"backward: expected one encode and batch with separable=True, got {len(parts)} parts. Encode both in one.")
     rows, total = _rows(parts[0][1]), None
     widths: Embeddings | None = None
+    one_pass, tried, kept = SeparablePass(rows), tried or len(chunks) == 1, []
     for k, chunk in enumerate(chunks):
         share, last = _rows(chunk.batch) / rows, k == len(chunks) - 1
         with torch.enable_grad(), _refusing_batch_norm(model, len(chunks) > 1), _synchronised(model, sync and last):
@@ -303,8 +314,15 @@ def _separable(
             widths = Embeddings(*(None if value is None else value.detach()[:1] for value in embeddings))
             device = next(value.device for value in embeddings if value is not None)
             index = torch.arange(chunk.start, chunk.start + _rows(chunk.batch), device=device)
-            loss = share * check_scalar("backward", loss_fn(embeddings, index))
+            with separable_pass(one_pass):
+                loss = share * check_scalar("backward", loss_fn(embeddings, index))
             _check_reached(loss, embeddings)
+            if not tried:
+                kept.append(Embeddings(*(None if value is None else value.detach() for value in embeddings)))
+                known = _merged([kept])
+                if tried := chunk.start + len(index) > 1:
+                    held = torch.arange(chunk.start + len(index), device=device)
+                    try_once(loss_fn, known, held, one_pass, _devices(chunks, model, parameters))
             _seen(scale(loss), parameters if last else ()).backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:  # excluded by check_chunks
@@ -362,13 +380,3 @@ def _devices(chunks: list[_Chunk], model: nn.Module | None, parameters: Sequence
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found.add(torch.device("cuda", torch.cuda.current_device()))
     return [device for device in found if device.type in ("cuda", "xpu", "mps")]
-
-
-def _random_state(devices: list[torch.device]) -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), [torch.get_device_module(device).get_rng_state(device.index or 0) for device in devices]
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]], devices: list[torch.device]) -> None:
-    torch.set_rng_state(state[0])
-    for device, of_device in zip(devices, state[1], strict=True):
-        torch.get_device_module(device).set_rng_state(of_device, device.index or 0)

@@ -10,6 +10,7 @@ from open_clip.coca_model import CoCa
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from geomreg.regularizers.common import unit_rows
 from geomreg.types import Embeddings
 
 __all__ = ["embed", "unwrap"]
@@ -44,7 +45,7 @@ def embed(model: nn.Module, images: Tensor | None = None, texts: Tensor | None =
         if normalize:
             with _towers_alone(plain):
                 image, text = _features(model(images, texts))
-            return Embeddings(*(None if x is None else F.normalize(_float(x), dim=-1) for x in (image, text)))
+            return Embeddings(*(None if x is None else unit_rows(_float(x)) for x in (image, text)))
         if plain is not model:
             raise ValueError(
                 f"embed: expected a plain open_clip model for normalize=False, got {type(model).__name__}. "

@@ -6,6 +6,7 @@ One :class:`Term` for each public regularizer on embeddings. A check is a functi
 
 import copy
 import inspect
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -525,6 +526,61 @@ def extremes_stay_finite(term: Term) -> None:
         assert all(gradient.isfinite().all() for gradient in gradients(term, value, one))
 
 
+def edges_are_not_hidden(term: Term) -> None:
+    """fp32 embeddings of every size: where lengths do not count the value is that of the directions, else it is not a silent 0.
+
+    A run that diverged must not look perfect: a student of huge embeddings may give infinity, never the value of zeros.
+    """
+    one = case(term, dtype=torch.float32)
+    zeros = called(term, term.build(), replace(one, student=both(one.student, lambda x: 0 * x))).item()
+    unit = called(term, term.build(), one)
+    for power in (-37, -30, -22, 19, 25, 30, 36):
+        scaled = replace(one, student=both(one.student, lambda x, power=power: 10.0**power * x))
+        value = called(term, term.build(), scaled)
+        torch.testing.assert_close(value, unit, rtol=1e-4, atol=1e-6)
+        if power < 0:
+            assert all(gradient.isfinite().all() for gradient in gradients(term, value, scaled))
+        elif term.normalizes:
+            plain, raw = (called(term, term.build(normalize=False), each).item() for each in (one, scaled))
+            assert raw != zeros
+            assert not math.isfinite(raw) or (raw == pytest.approx(plain, rel=1e-4) if term.degree == 0 else raw > 1)
+
+
+def near_duplicates_have_a_gradient(term: Term) -> None:
+    """Rows that nearly coincide, in the student alone or in both: finite value and gradient."""
+    rows = torch.tensor([0, 0, 1, 1, 2, 2])
+    for apart in (0.0, 1e-38, 1e-30, 1e-20, 1e-13, 1e-8):
+        for dtype in (torch.float32, torch.float64):
+            one = case(term, 6, dtype=dtype)
+            away = apart * torch.arange(6, dtype=dtype)[:, None] * torch.eye(6, 8, dtype=dtype)
+
+            def doubled(x: Tensor, away: Tensor = away) -> Tensor:
+                return x[rows] * (torch.arange(8) > 5) + away
+
+            for moved in (replace(one, student=both(one.student, doubled)), replace(one, teacher=both(one.teacher, doubled))):
+                value = called(term, term.build(), moved)
+                assert value.isfinite()
+                assert all(gradient.isfinite().all() for gradient in gradients(term, value, moved))
+
+
+def infinity_propagates(term: Term) -> None:
+    """A student with an infinite number gives no finite value."""
+    one = case(term)
+    with torch.no_grad():
+        one.student.image[1, 2] = math.inf
+    assert not called(term, term.build(), one).isfinite()
+
+
+def no_row_is_refused(term: Term) -> None:
+    """The mean over nothing would be NaN, and the sum a perfect 0."""
+    one = case(term)
+    none = replace(one, student=both(one.student, lambda x: x[:0]), teacher=both(one.teacher, lambda x: x[:0]))
+    if "previous" in one.inputs:
+        none = replace(none, inputs={"previous": both(one.inputs["previous"], lambda x: x[:0])})
+    with pytest.raises(ValueError, match=r"expected .* embeddings of shape \(B, D\) with B, D >= 1"):
+        called(term, term.build(), none)
+
+
 def live_teacher_is_refused(term: Term) -> None:
     """A teacher with gradient is an error that says so."""
     if not term.teacher:
@@ -667,6 +723,10 @@ CHECKS = [
     zero_rows_have_no_exploding_gradient,
     mixed_dtypes,
     extremes_stay_finite,
+    edges_are_not_hidden,
+    near_duplicates_have_a_gradient,
+    infinity_propagates,
+    no_row_is_refused,
     live_teacher_is_refused,
     only_dense_tensors,
     mistyped_options,

@@ -35,6 +35,7 @@ from geomreg.schedules import BalancedWeight
 
 pytestmark = pytest.mark.slow
 RANKS, STEPS, ROWS = 2, 3, 4
+EQUAL, RAGGED = (ROWS, ROWS), (6, 10)
 STATEFUL = {
     "average_vector": partial(AverageVectorLoss, decay=0.5),
     "average_vector_before": partial(AverageVectorLoss, decay=0.5, update="before"),
@@ -51,6 +52,10 @@ TERMS |= {
 }
 
 
+SEPARATE = ("average_vector", "FeatureDistillation", "CosineAnchor")  # terms whose images need no texts
+COMPILED = ("dive", "FeatureDistillation", "ContextKL")
+
+
 class Towers(nn.Module):
     """An image and a text encoder; the same weights in every process."""
 
@@ -63,17 +68,17 @@ class Towers(nn.Module):
         return Embeddings(self.image(images), self.text(texts))
 
 
-def data(step, ranks):
+def data(step, ranks, rows=EQUAL):
     """The batches of some ranks, one under the other."""
     generators = [torch.Generator().manual_seed(100 * step + rank) for rank in ranks]
     values = [
-        [torch.randn(ROWS, width, generator=one, dtype=torch.float64) + rank for width in (5, 3)]
+        [torch.randn(rows[rank], width, generator=one, dtype=torch.float64) + rank for width in (5, 3)]
         for rank, one in zip(ranks, generators, strict=True)
     ]
     return [torch.cat(parts) for parts in zip(*values, strict=True)]
 
 
-def inputs(name, regularizer, batch, ranks):
+def inputs(name, regularizer, batch, ranks, rows=EQUAL):
     """Named inputs of a term: the same bank and scale on every rank, its own labels and second teacher's embeddings."""
     texts = torch.randn(5, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     previous = Towers(seed=2)
@@ -81,26 +86,27 @@ def inputs(name, regularizer, batch, ranks):
     if name == "sigmoid_replay":
         found["logit_bias"] = -1.0
     if name == "labelled_replay":
-        found["labels"] = torch.cat([torch.arange(ROWS) % (2 + rank) for rank in ranks])
+        found["labels"] = torch.cat([torch.arange(rows[rank]) % (2 + rank) for rank in ranks])
     taken = (*getattr(regularizer, "inputs", ()), *getattr(regularizer, "optional_inputs", ()))
     if name == "batch_similarity":
         taken = ("logit_scale",)
     return {key: value for key, value in found.items() if key in taken}
 
 
-def trained(name, ranks, wrap=lambda model: model):
+def trained(name, ranks, wrap=lambda model: model, rows=EQUAL, compiled=False):
     """Loss, gradient and running mean at each of a few steps."""
     build = TERMS[name]
     teacher = Teacher(Towers(seed=1), lambda model, batch: model(*batch))
     towers, regularizer = Towers(), build()
     student, record = wrap(towers), []
+    called = torch.compile(regularizer, fullgraph=True, backend="aot_eager") if compiled else regularizer
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
     for step in range(STEPS):
-        batch = data(step, ranks)
-        embeddings, extra = student(*batch), inputs(name, regularizer, batch, ranks)
+        batch = data(step, ranks, rows)
+        embeddings, extra = student(*batch), inputs(name, regularizer, batch, ranks, rows)
         if name == "feature_maps":
             extra = {"feature_maps": list(embeddings), "teacher_feature_maps": list(teacher(batch))}
-        loss = regularizer(embeddings, teacher(batch), **extra)
+        loss = called(embeddings, teacher(batch), **extra)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,6 +114,30 @@ def trained(name, ranks, wrap=lambda model: model):
         gradients = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in towers.parameters()])
         record.append({"loss": loss.detach(), "gradient": gradients, "mean": getattr(regularizer, "mean", torch.zeros(())).clone()})
     return record
+
+
+def separate(build, rank):
+    """Gradient of a term on images and texts of different numbers, which differ over ranks too."""
+    towers, teacher = Towers(), Teacher(Towers(seed=1), lambda model, batch: model(*batch))
+    images, texts = data(0, [rank], RAGGED)
+    batch = (images, texts[: 3 + rank])
+    student = DistributedDataParallel(towers)
+    build()(student(*batch), teacher(batch)).backward()
+    return torch.cat([p.grad.flatten() for p in towers.parameters()])
+
+
+def alone(rank):
+    """Values of all terms in evaluation mode on rank 0, which does not wait for the other."""
+    found = {}
+    if rank == 0:
+        teacher, towers, batch = Teacher(Towers(seed=1), lambda model, batch: model(*batch)), Towers(), data(0, [0], RAGGED)
+        for name, build in TERMS.items():
+            regularizer, embeddings = build().eval(), towers(*batch)
+            extra = inputs(name, regularizer, batch, [0], RAGGED)
+            if name == "feature_maps":
+                extra = {"feature_maps": list(embeddings), "teacher_feature_maps": list(teacher(batch))}
+            found[name] = regularizer(embeddings, teacher(batch), **extra).detach()
+    return found
 
 
 def uneven(build, rank, spoiled=False):
@@ -147,6 +177,15 @@ def refused(build, rank):
         return str(error)
 
 
+def accumulated(rank):
+    """The mean after a step in which rank 1 had two batches and rank 0 one."""
+    regularizer = AverageVectorLoss(decay=0.0, normalize=False)
+    for k in range(1 + rank):
+        regularizer(*random_pair(rows=2 + k, seed=10 * rank + k))
+    regularizer.step()
+    return regularizer.mean
+
+
 def balanced_weight(ranks):
     """A balanced weight after a few steps on the ranks' data."""
     teacher, towers = Teacher(Towers(seed=1), lambda model, batch: model(*batch)), Towers()
@@ -167,14 +206,14 @@ class Scaled(Towers):
         self.logit_scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
 
-def stepped(ranks, chunk_size, wrap=lambda model: model, declared=True, target_first=False):
+def stepped(ranks, chunk_size, wrap=lambda model: model, declared=True, target_first=False, rows=EQUAL):
     """Gradients after a chunked regularizer and a chunked target loss, in this order or the other, step by step."""
     towers, teacher = Scaled(), Teacher(Towers(seed=1), lambda model, batch: model(*batch))
     student, keep, replay, record = wrap(towers), DiVE(decay=0.5), ContrastiveReplay(), []
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
     for step in range(STEPS):
         optimizer.zero_grad()
-        target, reference = data(step, ranks), data(step + 50, ranks)
+        target, reference = data(step, ranks, rows), data(step + 50, ranks, rows)
         options = {"chunk_size": chunk_size, "model": student}
 
         def encode(batch):
@@ -265,6 +304,13 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     try:
         result = {name: trained(name, [rank], partial(DistributedDataParallel, find_unused_parameters=True)) for name in TERMS}
+        wrap = partial(DistributedDataParallel, find_unused_parameters=True)
+        result["ragged"] = {name: trained(name, [rank], wrap, RAGGED) for name in TERMS}
+        result["compiled"] = {name: trained(name, [rank], wrap, RAGGED, compiled=True) for name in COMPILED}
+        result["separate"] = {name: separate(TERMS[name], rank) for name in SEPARATE}
+        result["alone"] = alone(rank)
+        result["ragged chunks"] = {size: stepped([rank], size, DistributedDataParallel, rows=RAGGED) for size in (1, 4, 7, 100)}
+        result["accumulated"] = accumulated(rank)
         with mock.patch("geomreg.regularizers.average_vector.all_reduce_sum", lambda value: value):
             result["rank-local mean"] = trained("average_vector", [rank], DistributedDataParallel)
         with mock.patch("geomreg.regularizers.gram.gathered_rows", lambda value, training: value):
@@ -333,6 +379,64 @@ def test_loss_and_gradient_equal_one_process(results, name):
         close(torch.stack([rank["loss"] for rank in ranks]).mean(), expected[step]["loss"], tolerance)
         for rank in ranks:
             close(rank["gradient"], expected[step]["gradient"], tolerance)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_ragged_batches_weigh_by_their_rows(results, name):
+    """As if one process had all rows: value, gradient, running mean; a sum of terms keeps its ratio."""
+    expected = trained(name, range(RANKS), rows=RAGGED)
+    tolerance = 1e-6 if name in STATEFUL else 1e-12
+    for step in range(STEPS):
+        ranks = [result["ragged"][name][step] for result in results]
+        close(torch.stack([rank["loss"] for rank in ranks]).mean(), expected[step]["loss"], tolerance)
+        for rank in ranks:
+            close(rank["gradient"], expected[step]["gradient"], tolerance)
+            if name in STATEFUL:
+                close(rank["mean"], expected[step]["mean"], 1e-6)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_ragged_batches_under_compile(results, name):
+    """In one graph."""
+    for result in results:
+        for step in range(STEPS):
+            close(result["compiled"][name][step]["gradient"], result["ragged"][name][step]["gradient"], 1e-6)
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_ragged_images_and_texts_weigh_each_by_their_rows(results, name):
+    batches = [data(0, [rank], RAGGED) for rank in range(RANKS)]
+    images = torch.cat([images for images, _ in batches])
+    texts = torch.cat([texts[: 3 + rank] for rank, (_, texts) in enumerate(batches)])
+    towers, teacher = Towers(), Teacher(Towers(seed=1), lambda model, batch: model(*batch))
+    TERMS[name]()(towers(images, texts), teacher((images, texts))).backward()
+    for result in results:
+        close(result["separate"][name], torch.cat([p.grad.flatten() for p in towers.parameters()]), 1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 100])
+def test_ragged_batches_in_chunks(results, chunk_size):
+    """The ranks have different numbers of chunks, of 4 two and three."""
+    expected = stepped(range(RANKS), 100, rows=RAGGED)
+    for step in range(STEPS):
+        for result in results:
+            close(result["ragged chunks"][chunk_size][step], expected[step], 1e-6)
+
+
+def test_evaluation_on_one_process_alone(results):
+    """Nothing is weighted, and nobody waited for."""
+    assert results[0]["alone"].keys() == TERMS.keys()
+    assert not results[1]["alone"]
+    for name, value in results[0]["alone"].items():
+        if name not in STATEFUL:
+            close(value, trained(name, [0], rows=RAGGED)[0]["loss"], 1e-12)
+
+
+def test_more_forwards_on_one_process_before_a_step(results):
+    pairs = [random_pair(rows=2 + k, seed=10 * rank + k) for rank, k in ((0, 0), (1, 0), (1, 1))]
+    whole = [Embeddings(*(torch.cat(parts) for parts in zip(*side, strict=True))) for side in zip(*pairs, strict=True)]
+    for result in results:
+        close(result["accumulated"], batch_mean(*whole), 1e-6)
 
 
 @pytest.mark.parametrize("name", STATEFUL)

@@ -146,3 +146,20 @@ def test_masks_with_infinities_stay():
     found = interpolate({"mask": mask, "w": torch.zeros(1)}, {"mask": mask, "w": torch.ones(1)}, 0.5)
     assert torch.equal(found["mask"], mask)
     assert found["w"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["pre-trained", "fine-tuned"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_numbers_of_a_diverged_run_are_refused(bad, side, alpha):
+    """With the name of the key and of the side; also where the share of that side is 0."""
+    good, spoiled = {"a": torch.ones(2), "b.weight": torch.ones(3)}, {"a": torch.ones(2), "b.weight": torch.tensor([1.0, bad, 2.0])}
+    pair = (spoiled, good) if side == "pre-trained" else (good, spoiled)
+    what = "NaN" if bad != bad else "infinity"
+    with pytest.raises(ValueError, match=rf"^interpolate: expected finite numbers in 'b.weight', got {what} in the {side} weights"):
+        interpolate(*pair, alpha)
+
+
+def test_infinity_on_both_sides_is_a_mask():
+    mask = {"mask": torch.tensor([0.0, float("-inf")])}
+    assert torch.equal(interpolate(mask, mask, 0.5)["mask"], mask["mask"])

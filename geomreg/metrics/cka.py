@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from geomreg.checks import check_collapse, check_option, check_same_samples
@@ -63,6 +64,8 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
 def _cka(name: str, labels: tuple[str, str], moments: Moments, unbiased: bool) -> Tensor:
     for block, label in enumerate(labels):
         check_collapse(name, label, moments.collapsed(block))
+    moments = _of_one_size(moments)
+    for block, label in enumerate(labels):
         if unbiased and not _has_structure(moments, block):
             raise ValueError(
                 f"{name}: expected {label} embeddings of different distances for the unbiased estimate, got equidistant ones. "
@@ -70,6 +73,14 @@ def _cka(name: str, labels: tuple[str, str], moments: Moments, unbiased: bool) -
             )
     own = [_dependence(moments, block, block, unbiased).sqrt() for block in range(2)]
     return (_dependence(moments, 0, 1, unbiased) / own[0] / own[1]).clamp(-1 if unbiased else 0, 1)
+
+
+def _of_one_size(moments: Moments) -> Moments:
+    """Those of each space divided by its size, so that no power of embeddings of any size overflows or vanishes."""
+    sizes = torch.stack([moments.block(block, block).diagonal().amax() for block in range(2)]).sqrt()
+    columns = sizes.repeat_interleave(torch.tensor(moments.widths, device=sizes.device))
+    quartic = moments.quartic / sizes[:, None] / sizes[:, None] / sizes / sizes
+    return moments._replace(scatter=moments.scatter / columns[:, None] / columns, quartic=quartic)
 
 
 def _dependence(moments: Moments, first: int, second: int, unbiased: bool) -> Tensor:

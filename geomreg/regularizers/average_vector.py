@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_embeddings, check_fraction, check_mean, check_option, check_width
-from geomreg.distributed import all_reduce_max, all_reduce_sum, world_size
+from geomreg.chunks import current_pass
+from geomreg.distributed import all_reduce_max, all_reduce_sum, wait_for_step, weighted_by_rows, world_size
 from geomreg.precision import apply_keeping_fp32, at_least_fp32, full_precision
 from geomreg.regularizers.common import named_options, unit
 from geomreg.types import Embeddings
@@ -134,7 +135,12 @@ class AverageVectorLoss(nn.Module):
     def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
         student, teacher = self._checked(student, teacher)
         mean = self._collect(student, teacher) if self.training else self.mean
-        return average_vector_loss(*student, *teacher, mean=mean)
+        parts = [
+            (average_vector_loss(one, None, other, None, mean=mean), len(one))
+            for one, other in zip(student, teacher, strict=True)
+            if one is not None and other is not None
+        ]
+        return weighted_by_rows(parts, self.training)
 
     def _checked(self, student: Embeddings, teacher: Embeddings | None) -> tuple[Embeddings, Embeddings]:
         """Everything that can be refused is refused here, before statistics are collected; embeddings scaled to unit norm."""
@@ -147,6 +153,9 @@ class AverageVectorLoss(nn.Module):
     @torch.no_grad()
     def _collect(self, student: Embeddings, teacher: Embeddings) -> Tensor:
         """Add this batch to the pending statistics; returns the mean that the loss uses."""
+        one_pass = current_pass()
+        if one_pass is not None and one_pass.trial:
+            return self.mean
         if self.update == "before" and self.pending_sum.ndim:  # not _forwards: torch.compile sees this too
             raise RuntimeError(
                 f'{self._name}: expected step() between two training forwards with update="before", got a second forward. '
@@ -196,6 +205,8 @@ class AverageVectorLoss(nn.Module):
 
         Collective: with several processes every one calls it, with or without a forward before.
         """
+        if self.update == "after":  # with "before" every process had as many forwards
+            wait_for_step(self.mean.device)
         self.mean = self._moved()
         self.discard()
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from geomreg.checks import check_arguments, check_embeddings, check_paired_embed
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.types import Embeddings
 
-__all__ = ["chosen", "named_options", "pairs", "summed", "unit", "unit_along", "unit_rows"]
+__all__ = ["chosen", "named_options", "nothing", "pairs", "summed", "unit", "unit_along", "unit_rows"]
 
 T = TypeVar("T")
 
@@ -38,11 +39,24 @@ def unit_rows(value: Tensor) -> Tensor:
         return unit_along(at_least_fp32(value), -1)
 
 
+def nothing(size: Tensor) -> Tensor:
+    """Where a largest absolute value is that of a vector without direction: 0, or so small that its inverse overflows."""
+    return size < 4 * torch.finfo(size.dtype).tiny
+
+
 def unit_along(value: Tensor, axis: int, eps: float = 0.0) -> Tensor:
-    """``value / (norm + eps)`` with norms along an axis; where the norm is 0 (not NaN) value and gradient are zero, not of size 1 / eps."""
-    norm: Tensor = torch.linalg.vector_norm(value, dim=axis, keepdim=True)
-    there = norm != 0
-    return torch.where(there, value, 0.0) / (torch.where(there, norm, 1.0) + eps)
+    """``value / (norm + eps)`` with norms along an axis, of any size: squares neither overflow nor vanish.
+
+    Where the norm is 0 (not NaN), or so small that 1 / norm overflows, value and gradient are zero, not of size 1 / eps.
+    """
+    size = torch.linalg.vector_norm(value.detach(), ord=math.inf, dim=axis, keepdim=True)
+    there = ~nothing(size)  # true of NaN
+    # by a power of two nothing is rounded; by 0 where there is no direction
+    power = 1 - torch.frexp(torch.where(there & size.isfinite(), size, 1.0)).exponent.clamp(max=127)
+    scale = torch.ldexp(there.to(value.dtype), power)
+    scaled = scale * value
+    norm: Tensor = torch.linalg.vector_norm(torch.where(there, scaled, 1.0), dim=axis, keepdim=True)
+    return scaled / (norm + eps * scale)
 
 
 def unit(embeddings: Embeddings) -> Embeddings:

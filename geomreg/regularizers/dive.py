@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from geomreg.checks import check_embeddings, check_paired, check_pairs_present
+from geomreg.distributed import weighted_by_rows
 from geomreg.regularizers.average_vector import AverageVectorLoss, average_vector_loss
 from geomreg.regularizers.pairwise_vector import pairwise_vector_loss
 from geomreg.types import Embeddings
@@ -72,4 +73,4 @@ class DiVE(AverageVectorLoss):
         student, teacher = self._checked(student, teacher)
         mean = self._collect(student, teacher) if self.training else self.mean
         pair, reference = check_pairs_present("DiVE", student), check_pairs_present("DiVE", teacher)
-        return dive_loss(*pair, *reference, mean=mean)
+        return weighted_by_rows([(dive_loss(*pair, *reference, mean=mean), len(pair[0]))], self.training)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_modalities, check_number, check_pair, check_weight
+from geomreg.distributed import weighted_by_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import chosen, named_options, summed, unit_rows
+from geomreg.regularizers.common import chosen, named_options, unit_rows
 from geomreg.types import Embeddings
 
 __all__ = [
@@ -193,7 +194,7 @@ class FeatureDistillation(nn.Module):
 
     def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
         parts = chosen("FeatureDistillation", self.modalities, self.normalize, student, teacher)
-        return summed(feature_distillation_loss(one, other) for one, other in parts)
+        return weighted_by_rows(((feature_distillation_loss(one, other), len(one)) for one, other in parts), self.training)
 
     def step(self) -> None:
         """Nothing to commit: this term has no state."""
@@ -218,7 +219,7 @@ class CosineAnchor(nn.Module):
 
     def forward(self, student: Embeddings, teacher: Embeddings | None) -> Tensor:
         parts = chosen("CosineAnchor", self.modalities, False, student, teacher)
-        return summed(cosine_anchor_loss(one, other) for one, other in parts)
+        return weighted_by_rows(((cosine_anchor_loss(one, other), len(one)) for one, other in parts), self.training)
 
     def step(self) -> None:
         """Nothing to commit: this term has no state."""
@@ -261,17 +262,10 @@ class SelectiveDistillation(nn.Module):
 
     def forward(self, student: Embeddings, teacher: Embeddings | None, *, previous: Embeddings) -> Tensor:
         parts = chosen("SelectiveDistillation", self.modalities, self.normalize, student, previous, teacher, labels=("previous", "teacher"))
+        options = {"threshold": self.threshold, "scale": self.scale}
+        options |= {"previous_weight": self.previous_weight, "teacher_weight": self.teacher_weight}
         loss: Callable[..., Tensor] = selective_distillation_loss
-        return summed(
-            loss(
-                *part,
-                threshold=self.threshold,
-                scale=self.scale,
-                previous_weight=self.previous_weight,
-                teacher_weight=self.teacher_weight,
-            )
-            for part in parts
-        )
+        return weighted_by_rows(((loss(*part, **options), len(part[0])) for part in parts), self.training)
 
     def step(self) -> None:
         """Nothing to commit: this term has no state."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from geomreg.checks import check_axis, check_layers, check_map_pair, check_maps, check_module, check_positive
+from geomreg.distributed import weighted_by_rows
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.regularizers.common import named_options, summed, unit_along
 from geomreg.types import Embeddings
@@ -148,7 +149,8 @@ class FeatureMapDistance(nn.Module):
         feature_maps: Sequence[Tensor],
         teacher_feature_maps: Sequence[Tensor],
     ) -> Tensor:
-        return feature_map_distance_loss(feature_maps, teacher_feature_maps, axis=self.axis, eps=self.eps)
+        value = feature_map_distance_loss(feature_maps, teacher_feature_maps, axis=self.axis, eps=self.eps)
+        return weighted_by_rows([(value, len(feature_maps[0]))], self.training)
 
     def step(self) -> None:
         """Nothing to commit: this term has no state."""

@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from geomreg.checks import check_embeddings, check_pair, check_paired, check_pairs_present
+from geomreg.distributed import weighted_by_rows
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.regularizers.common import named_options, unit
 from geomreg.types import Embeddings
@@ -77,9 +78,8 @@ class PairwiseVectorLoss(nn.Module):
         teacher = check_embeddings("PairwiseVectorLoss", student, teacher)
         if self.normalize:
             student, teacher = unit(student), unit(teacher)
-        return pairwise_vector_loss(
-            *check_pairs_present("PairwiseVectorLoss", student), *check_pairs_present("PairwiseVectorLoss", teacher)
-        )
+        pair, reference = (check_pairs_present("PairwiseVectorLoss", one) for one in (student, teacher))
+        return weighted_by_rows([(pairwise_vector_loss(*pair, *reference), len(pair[0]))], self.training)
 
     def step(self) -> None:
         """Nothing to commit: this term has no state."""

@@ -1,5 +1,7 @@
 """Relational distillation: relative distances and angles within a batch stay those of the teacher (RKD, arXiv 1904.05068)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_modalities, check_pair, check_rows
 from geomreg.distributed import gathered_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import chosen, named_options, summed
+from geomreg.regularizers.common import chosen, named_options, nothing, summed, unit_along
 from geomreg.types import Embeddings
 
 __all__ = ["RelationalAngle", "RelationalDistance", "relational_angle_loss", "relational_distance_loss"]
@@ -84,8 +86,8 @@ def relational_angle_loss(student: Tensor, teacher: Tensor, *, max_triplets: int
         0-d tensor, fp32 or wider.
 
     Scale:
-        Free of units, at most 3/2; averaged over B^3, of which triplets with a repeated sample are 0. Memory O(B^3 + B^2 D), or
-        O(max_triplets D).
+        Free of units, at most 3/2; averaged over B^3, of which triplets with a repeated sample are 0, but for the angle of a direction with
+        itself where two rows coincide in one space alone. Memory O(B^3 + B^2 D), or O(max_triplets D + B^2).
 
     Invariances:
         Permutation of samples (of all triplets); translation, orthogonal map and positive scaling of student or teacher, each
@@ -133,21 +135,23 @@ def _angle_loss(student: Tensor, teacher: Tensor, draws: Tensor | None) -> Tenso
         first = (vertex + 1 + first) % rows
         for taken in torch.stack([vertex, first]).sort(dim=0).values:  # the second-th row that is neither of the two
             second = second + (second >= taken).long()
-        one, other = ((_directions(x[first] - x[vertex]) * _directions(x[second] - x[vertex])).sum(dim=-1) for x in spaces)
-        return F.smooth_l1_loss(one, other) * (triplets / rows**3)
-
-
-def _directions(difference: Tensor) -> Tensor:
-    """Unit vectors; differences of zero stay zero, without gradient."""
-    square = difference.square().sum(dim=-1, keepdim=True)
-    apart = square != 0  # true of NaN, which must go on
-    return torch.where(apart, difference, 0.0) * torch.where(apart, square, 1.0).rsqrt()
+        one, other = ((unit_along(x[first] - x[vertex], -1) * unit_along(x[second] - x[vertex], -1)).sum(dim=-1) for x in spaces)
+        drawn = F.smooth_l1_loss(one, other) * (triplets / rows**3)
+        length, of_teacher = (_lengths(x) for x in spaces)
+        with_itself = 2 * F.smooth_l1_loss(length, of_teacher, reduction="sum") / rows**3  # both orders of each pair
+        return drawn + with_itself
 
 
 def _angles(x: Tensor) -> Tensor:
     """``(B, B, B)`` cosines at the first index."""
-    directions = _directions(x[None, :] - x[:, None])  # (B, B, D): from row j to row k
+    directions = unit_along(x[None, :] - x[:, None], -1)  # (B, B, D): from row j to row k
     return directions @ directions.transpose(1, 2)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Squared lengths of the B (B - 1) / 2 directions, the cosines of each with itself: 0 where rows coincide, else 1; NaN stays."""
+    largest = torch.pdist(x.detach(), p=math.inf)
+    return torch.where(nothing(largest), 0.0, 1.0 + 0.0 * largest)
 
 
 @named_options

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from geomreg.blocked import row_blocked
 from geomreg.checks import check_bank, check_choices, check_mask, check_option, check_pair, check_positive, check_scale, describe
-from geomreg.distributed import gathered_rows
+from geomreg.distributed import gathered_rows, weighted_by_rows
 from geomreg.precision import common_precision, full_precision, one_number
 from geomreg.regularizers.common import chosen, named_options, summed, unit_rows
 from geomreg.types import Embeddings
@@ -156,7 +156,9 @@ class SimilarityKL(nn.Module):
         name = "SimilarityKL"
         modalities = ("image",) if self.against == "texts" else ("image", "text")
         parts = chosen(name, modalities, self.normalize, student, teacher)
-        (image, teacher_image), *others = [tuple(gathered_rows(value, self.training) for value in part) for part in parts]
+        if not self.separable:  # a mean over texts looks at all images
+            parts = [tuple(gathered_rows(value, self.training) for value in part) for part in parts]
+        (image, teacher_image), *others = parts
         if self.against == "texts":
             bank = check_bank(name, "texts", texts, image, constant=True)
             text = teacher_text = unit_rows(bank) if self.normalize else bank
@@ -178,6 +180,8 @@ class SimilarityKL(nn.Module):
             )
             for one, one_teacher, other, other_teacher in (sides[direction] for direction in self.directions)
         )
+        if self.separable:
+            return weighted_by_rows([(total, len(image))], self.training)
         return total / len(self.directions) if self.against == "batch" else total
 
     def step(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_bank, check_callable, check_count, check_pair, check_scale, describe
+from geomreg.distributed import weighted_by_rows
 from geomreg.precision import common_precision, full_precision, one_number
 from geomreg.regularizers.common import chosen, named_options, unit_rows
 from geomreg.regularizers.similarity_kl import similarity_kl_loss
@@ -191,7 +192,8 @@ class TextEnergy(nn.Module):
             got = "neither" if texts is None else "both"
             raise ValueError(f"{name}: expected texts or encode_text, got {got}. Pass texts=, or construct with encode_text.")
         bank = check_bank(name, "texts", self.random_texts(image) if texts is None else texts, image, constant=True)
-        return text_energy_loss(image, teacher_image, unit_rows(bank) if self.normalize else bank, logit_scale=logit_scale)
+        value = text_energy_loss(image, teacher_image, unit_rows(bank) if self.normalize else bank, logit_scale=logit_scale)
+        return weighted_by_rows([(value, len(image))], self.training)
 
     def random_tokens(self) -> Tensor:
         """``(M, L)`` token ids of this step, on the CPU."""
@@ -246,7 +248,8 @@ class ContextKL(nn.Module):
         ((image, teacher_image),) = chosen("ContextKL", ("image",), self.normalize, student, teacher)
         contexts = check_bank("ContextKL", "texts", texts, image, constant=True)
         contexts = unit_rows(contexts) if self.normalize else contexts
-        return context_kl_loss(image, teacher_image, contexts, logit_scale=logit_scale)
+        value = context_kl_loss(image, teacher_image, contexts, logit_scale=logit_scale)
+        return weighted_by_rows([(value, len(image))], self.training)
 
     def step(self) -> None:
         """Nothing to commit: this term has no state."""

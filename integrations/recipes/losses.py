@@ -10,6 +10,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 from geomreg.checks import check_fraction, check_weight
+from geomreg.distributed import weighted_by_rows
 from geomreg.regularizers import ContrastiveReplay
 from geomreg.types import Embeddings
 
@@ -97,7 +98,8 @@ class HeadClassification:
         return None
 
     def __call__(self, image: Tensor, text: Tensor | None, batch: dict[str, Any]) -> Tensor:
-        return F.cross_entropy(self.head(image), batch["label"], label_smoothing=self.label_smoothing)
+        value = F.cross_entropy(self.head(image), batch["label"], label_smoothing=self.label_smoothing)
+        return weighted_by_rows([(value, len(image))])
 
 
 class TextClassification:
@@ -124,4 +126,6 @@ class TextClassification:
 
     def __call__(self, image: Tensor, text: Tensor | None, batch: dict[str, Any]) -> Tensor:
         assert text is not None
-        return F.cross_entropy(self.model.logit_scale.exp() * image @ text.T, batch["label"], label_smoothing=self.label_smoothing)
+        logits = self.model.logit_scale.exp() * image @ text.T
+        value = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
+        return weighted_by_rows([(value, len(image))])

@@ -73,7 +73,7 @@ class Passes:
         texts, alone = loss.texts(batch, step), {"image": batch["image"]}
         if texts is None:
             if loss.separable and (regularizer is None or regularizer.separable):
-                return parts, self._backward(self.encode, alone, of_rows, separable=True, **options)
+                return parts, self._backward(self.encode, alone, of_rows, separable="unchecked", **options)
             return parts, self._backward(self.encode, alone, lambda e: total(e.image, None, frozen, batch), **options)
         if len(texts) == images and not unique_texts:
             inputs = {**alone, "text": texts}
@@ -112,7 +112,7 @@ class Passes:
             return of(e, _rows(frozen, index), len(index) / rows)
 
         if regularizer.separable:
-            total = self._backward(self.encode, inputs, of_rows, everything=everything, separable=True)
+            total = self._backward(self.encode, inputs, of_rows, everything=everything, separable="unchecked")
         else:
             total = self._backward(self.encode, inputs, lambda e: of(e, frozen, 1.0), everything=everything)
         return parts, total / factor

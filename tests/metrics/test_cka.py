@@ -179,3 +179,17 @@ def test_value_errors(x, y, unbiased, expected, got):
 def test_type_error():
     with pytest.raises(TypeError, match=re.escape("linear_cka: expected floating-point y embeddings, got int64 tensor of shape (5, 4).")):
         linear_cka(GOOD, GOOD.long())
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("size", [1e-59, 1e-30, 1e30, 1e59])
+def test_embeddings_of_every_size(size, unbiased):
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = x @ torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = linear_cka(x, y, unbiased=unbiased)
+    assert 0.1 < expected < 0.999
+    for one, other in ((size * x, size * y), (x, size * y), (size * x, y)):
+        torch.testing.assert_close(linear_cka(one, other, unbiased=unbiased), expected, rtol=1e-9, atol=0.0)
+    for beyond, what in ((1e-100, "above 1e-60, got smaller ones alone"), (1e100, "below 1e60, got larger ones")):
+        with pytest.raises(ValueError, match=rf"^linear_cka: expected y embeddings {what}"):
+            linear_cka(x, beyond * y, unbiased=unbiased)

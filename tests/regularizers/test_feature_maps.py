@@ -128,3 +128,19 @@ def test_a_model_that_was_compiled_and_run_before():
     with FeatureMaps(model, ["0", "1"]) as maps, torch.compiler.set_stance("force_eager"):
         compiled(inputs)
     assert torch.equal(maps.values[1], expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 3)])
+def test_empty_maps_are_refused(shape):
+    empty = [torch.ones(2, 3), torch.zeros(shape)]
+    with pytest.raises(
+        ValueError, match=r"^feature_map_distance_loss: expected maps with at least one number, got float32 tensor of shape"
+    ):
+        feature_map_distance_loss(empty, empty)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e15, 1e25, 1e36])
+def test_maps_of_every_size_have_directions(size):
+    one, other = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    value = feature_map_distance_loss([size * one], [other])
+    torch.testing.assert_close(value, feature_map_distance_loss([one], [other]), rtol=2e-3 if size < 1e-5 else 1e-5, atol=0.0)

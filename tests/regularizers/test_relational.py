@@ -144,3 +144,37 @@ def test_module_is_the_sum_over_modalities(term, loss, minimum):
 def test_bad_options(option, bad):
     with pytest.raises(ValueError, match=rf"^RelationalAngle: expected {option} as a whole number"):
         RelationalAngle(**{option: bad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [[0, 0, 2, 3, 4], [0, 0, 0, 3, 3], [0, 0, 0, 0, 0]])
+def test_drawn_triplets_are_unbiased_where_rows_coincide(rows, dtype):
+    """In one space alone, in both, and in the teacher alone."""
+    student, teacher = (one.image.detach().to(dtype) for one in random_pair(5, 3))
+    for one, other in ((student[rows], teacher), (student[rows], teacher[rows]), (student, teacher[rows])):
+        whole = relational_angle_loss(one, other).item()
+        drawn = torch.stack([relational_angle_loss(one, other, max_triplets=30, seed=seed) for seed in range(400)])
+        assert (drawn.mean() - whole).abs() <= 4 * drawn.std() / 400**0.5 + 1e-6
+
+
+def test_drawn_triplets_that_miss_a_spoiled_row_do_not_hide_it():
+    student, teacher = (one.image.detach() for one in random_pair(30, 3))
+    student[29] = float("nan")
+    assert all(not relational_angle_loss(student, teacher, max_triplets=1, seed=seed).isfinite() for seed in range(5))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_triplets": 20}])
+@pytest.mark.parametrize("apart", [1e-8, 1e-13, 1e-25, 1e-36])
+def test_angles_of_rows_that_nearly_coincide_have_a_gradient(apart, options):
+    """Their direction counts like every other, whatever the distance."""
+    teacher = random_pair(5, 3)[0].image.detach().float()
+    far = torch.cat([torch.zeros(1, 3), torch.eye(3), torch.ones(1, 3)])
+    near = far.clone()
+    near[1] *= apart
+    near.requires_grad_()
+    value = relational_angle_loss(near, teacher, **options)
+    value.backward()
+    assert near.grad.isfinite().all()
+    limit = far.clone()
+    limit[1] *= 1e-5
+    assert value.item() == pytest.approx(relational_angle_loss(limit, teacher, **options).item(), rel=1e-3)

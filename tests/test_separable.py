@@ -1,0 +1,215 @@
+"""A loss that is no mean over samples is not taken chunk by chunk: terms that say so, and functions that are tried."""
+
+from functools import partial
+
+import contract
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import geomreg
+from geomreg import DiVE, Embeddings, FeatureDistillation, WeightedSum, backward
+from geomreg.functional import contrastive_loss
+from geomreg.schedules import BalancedWeight
+
+ROWS, WIDTH = 7, 8
+
+
+class Towers(nn.Module):
+    """Two linear encoders of the same rows."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(5, WIDTH).to(dtype), nn.Linear(5, WIDTH).to(dtype)
+
+    def forward(self, batch):
+        return Embeddings(self.image(batch), self.text(batch))
+
+
+def batch(rows=ROWS, dtype=torch.float64):
+    return torch.randn(rows, 5, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+
+def rows_of(embeddings, index):
+    return Embeddings(*(value[index].detach() for value in embeddings))
+
+
+def run(loss_fn, *, chunk_size=3, towers=None, rows=ROWS, dtype=torch.float64, separable=True):
+    towers = towers or Towers(dtype)
+    backward(towers, batch(rows, dtype), loss_fn, chunk_size=chunk_size, separable=separable)
+    return torch.cat([p.grad.flatten() for p in towers.parameters() if p.grad is not None])
+
+
+def refused(error, message, loss_fn, **options):
+    """Refused, and no gradient was added."""
+    towers = Towers()
+    with pytest.raises(error, match=f"^backward: {message}"):
+        run(loss_fn, towers=towers, **options)
+    assert all(parameter.grad is None for parameter in towers.parameters())
+
+
+def info_nce(e, index):
+    return F.cross_entropy(20 * e.image @ e.text.T, torch.arange(len(e.image)))
+
+
+# terms -----------------------------------------------------------------------------------------------------------------
+
+NOT_SEPARABLE = {name: (term.build, term) for name, term in contract.TERMS.items() if not term.separable}
+NOT_SEPARABLE |= {
+    "before": (partial(DiVE, update="before"), contract.TERMS["DiVE"]),
+    "batch": (partial(geomreg.SimilarityKL, against="batch"), contract.TERMS["ContrastiveReplay"]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SEPARABLE)
+@pytest.mark.parametrize("way", ["term", "method", "sum", "method of a sum", "compiled"])
+def test_terms_that_are_no_mean_are_refused(name, way):
+    """Whatever stands between the term and the step, or given itself; a batch of one chunk is no exception."""
+    build, declared = NOT_SEPARABLE[name]
+    term, one = build(), contract.case(declared, ROWS)
+    keep = WeightedSum(term=(1.0, term))
+    ways = {"term": term, "sum": keep, "method of a sum": keep.forward, "compiled": torch.compile(term, backend="eager")}
+    message = "expected a loss that is a mean over samples with separable=True, got"
+    if way == "method":
+        refused(ValueError, message, term.forward)
+        return
+    for chunk_size in (3, ROWS):
+        refused(
+            ValueError, message, chunk_size=chunk_size, loss_fn=lambda e, index: ways[way](e, rows_of(one.teacher, index), **one.inputs)
+        )
+
+
+def test_balanced_sums_are_refused():
+    keep = WeightedSum(a=(BalancedWeight(0.3), FeatureDistillation()))
+    known = Towers()(batch())
+    for call in (keep, lambda *given: keep.terms(*given).total):
+        refused(ValueError, "expected a loss .* got WeightedSum, which is none", lambda e, i, call=call: call(e, rows_of(known, i)))
+
+
+def test_a_term_of_ones_own_that_does_not_say_it_is_separable_is_refused():
+    class Own(nn.Module):
+        def forward(self, student, teacher=None):
+            return student.image.square().mean()
+
+        def step(self):
+            pass
+
+    refused(ValueError, "expected a loss .* got Own, which is none", lambda e, i: Own()(e))
+    Own.separable = True
+    assert run(lambda e, i: Own()(e)).any()
+
+
+# functions -------------------------------------------------------------------------------------------------------------
+
+
+def head_with_batch_statistics(e, index):
+    return ((e.image - e.image.mean(dim=0)) / e.image.std(dim=0, correction=0).clamp(min=0.1)).square().exp().clamp(max=9).mean()
+
+
+OTHERS = {
+    "contrastive": info_nce,
+    "the library's": lambda e, i: contrastive_loss(*e, logit_scale=2.0),
+    "a sum": lambda e, i: (e.image * e.text).square().sum(),
+    "batch statistics": head_with_batch_statistics,
+    "weighted mean": lambda e, i: (e.image.square().sum(1) * (1 + i)).sum() / (1 + i).sum(),
+    "relative to the batch": lambda e, i: F.mse_loss(e.image.norm(dim=1) / e.image.norm(dim=1).mean(), e.text.norm(dim=1)),
+    "partial": partial(lambda s, e, i: info_nce(Embeddings(s * e.image, e.text), i), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("chunk_size", [2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_that_are_no_mean_are_refused_each_time(name, chunk_size, dtype):
+    loss_fn = OTHERS[name] if dtype == torch.float64 else lambda e, i: OTHERS[name](e, i)
+    for _ in range(2):
+        refused(ValueError, "expected a loss that is a mean over samples .* Leave separable out", loss_fn, chunk_size=chunk_size)
+
+
+def test_chunks_of_one_sample_are_tried_two_at_a_time():
+    with pytest.raises(ValueError, match="expected a loss that is a mean over samples"):
+        run(info_nce, chunk_size=1)
+
+
+def test_one_helper_around_several_losses_is_tried_with_each():
+    def around(loss):
+        return lambda e, i: 0.5 * loss(e, i)
+
+    for _ in range(2):
+        assert run(around(lambda e, i: e.image.square().mean())).any()
+        refused(ValueError, "expected a loss that is a mean over samples", around(info_nce))
+
+
+def test_zero_at_the_start_hides_nothing():
+    """Student and teacher are equal, so every loss is 0 there."""
+    known = Towers()(batch())
+
+    def relative(e, index):
+        z, t = e.image, known.image[index].detach()
+        return ((z - z.mean(dim=0)) - (t - t.mean(dim=0))).square().mean()
+
+    refused(ValueError, "expected a loss that is a mean over samples", relative)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_are_tried_once_and_leave_no_trace(dtype, monkeypatch):
+    """Neither in the random numbers nor in what terms collect; the gradient is that of the whole batch."""
+    monkeypatch.setattr("geomreg.separable._tried", set())
+    keep, calls = DiVE(decay=0.5), []
+    known = Embeddings(*(1.1 * value.detach() for value in Towers(dtype)(batch(dtype=dtype))))
+
+    def loss_fn(e, index):
+        calls.append(len(index))
+        return keep(e, rows_of(known, index)) + F.binary_cross_entropy_with_logits(e.image, known.text[index].sigmoid())
+
+    towers = Towers(dtype)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    found = run(loss_fn, chunk_size=4, towers=towers, dtype=dtype)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert keep.pending_count == 2 * ROWS
+    assert calls == [4, 4, 2, 2, 3]
+    again = run(loss_fn, chunk_size=4, dtype=dtype)
+    assert calls[5:] == [4, 3]
+    towers = Towers(dtype)
+    loss_fn(towers(batch(dtype=dtype)), torch.arange(ROWS)).backward()
+    expected = torch.cat([p.grad.flatten() for p in towers.parameters()])
+    for one in (found, again):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_draws_random_numbers_is_not_tried():
+    """Its halves would draw others; random numbers go on as without the trial."""
+
+    def noisy(e, index):
+        return F.dropout(e.image, 0.5).square().mean()
+
+    gradients = []
+    for separable in (True, "unchecked"):
+        towers = Towers()
+        torch.manual_seed(5)
+        gradients.append(run(noisy, towers=towers, separable=separable))
+    found, expected = gradients
+    assert torch.equal(found, expected)
+
+
+def test_unchecked_is_called_for_the_chunks_alone():
+    calls = []
+
+    def loss_fn(e, index):
+        calls.append(len(index))
+        return e.image.square().mean()
+
+    run(loss_fn, separable="unchecked")
+    assert calls == [3, 3, 1]
+    refused(ValueError, "expected separable to be one of", loss_fn, separable="no")
+
+
+def test_the_number_of_arguments():
+    message = r"expected loss_fn\(Embeddings, index\) with separable=True, got one with the arguments \(e\)"
+    refused(TypeError, message, lambda e: e.image.sum())
+    message = r"expected loss_fn\(Embeddings\) without separable=True, got one with the arguments \(e, rows\)"
+    refused(TypeError, message, lambda e, rows: e.image.sum(), separable=False)
+    assert run(lambda *given: given[0].image.square().mean()).any()
