@@ -43,13 +43,13 @@ def nearest_rows(
     scores, rows = scores[:, :k], rows.gather(1, best)[:, :k]
     if asked < len(bank):
         unsure = _not_below(near[:, -1:], least)[:, 0]
-        for some in unsure.split(max(1, _SIMILARITIES // len(bank))):
+        for some in torch.split(unsure, max(1, _SIMILARITIES // len(bank))):
             scores[some], rows[some] = _among_all(queries[some], bank, k, least[some])
     return scores, rows
 
 
 def _among_all(queries: Tensor, bank: Tensor, k: int, least: Tensor) -> tuple[Tensor, Tensor]:
-    """The k nearest of all rows, of which only those are looked at whose products, as a matrix product has them, are at least ``(Q, 1)``."""
+    """The k nearest of all rows; only those are looked at whose products, as a matrix product has them, are at least ``(Q, 1)``."""
     query, row = _not_below(queries @ bank.T, least).unbind(dim=1)
     products = _products(queries, bank, query, row)
     order = products.sort(descending=True, stable=True).indices
@@ -70,5 +70,5 @@ def _not_below(values: Tensor, least: Tensor) -> Tensor:
 def _products(queries: Tensor, bank: Tensor, query: Tensor, row: Tensor) -> Tensor:
     """``(P,)`` inner products of P pairs, summed in fp64."""
     size = max(1, _NUMBERS.get(bank.device.type, _ELSEWHERE) // bank.shape[1])
-    pairs = zip(query.split(size), row.split(size), strict=True)
+    pairs = zip(torch.split(query, size), torch.split(row, size), strict=True)
     return torch.cat([(queries[q].double() * bank[r].double()).sum(dim=1).to(queries.dtype) for q, r in pairs])
