@@ -22,8 +22,8 @@ class Flickr8k(Dataset[dict[str, Any]]):
 
     Sample i is ``{"id": str, "image": transform(image), "text": (L,) int64}`` with the asked modalities only, and
     ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded (loaded as by
-    :class:`~geomreg.integrations.recipes.data.CsvPairs`), or its caption is empty: so do the captions of ``2258277193_586949ec62.jpg.1``, an image that was
-    never published; the official splits leave it out.
+    :class:`~geomreg.integrations.recipes.data.CsvPairs`), or its caption is empty. The captions of ``2258277193_586949ec62.jpg.1`` are
+    such samples, an image that was never published; the official splits leave it out.
 
     **Ids** are ``<image>#<k>`` for caption k of the image, from 0; the same from both files. Captions are taken as written, and so are the
     names of images: ``..`` leads out of ``root``.

@@ -58,7 +58,8 @@ class CsvPairs(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: no such file, or the first image is not there (the others are not looked for).
-        ValueError: an empty or damaged file, a missing column, a NUL byte, an empty path or id, an id twice; with ``strict`` a broken image.
+        ValueError: an empty or damaged file, a missing column, a NUL byte, an empty path or id, an id twice; with ``strict`` a
+            broken sample.
         TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
     """
 

@@ -45,7 +45,8 @@ class TarPairs(Dataset[dict[str, Any]]):
 
     **What is passed over** is counted in ``passed_over``: members with other extensions, hidden files, and names with a dot before the
     extension, as in ``22.05_cat.jpg``, whose extension is ``05_cat.jpg`` by the rule above; of these there is also a warning, unless
-    there is a sample ``22`` of which they may be further images. So there is of an archive after the end of a shard's first, which ``cat a.tar b.tar`` leaves there. Folders do not count.
+    there is a sample ``22`` of which they may be further images. There is one too of an archive after the end of a shard's first, which
+    ``cat a.tar b.tar`` leaves there. Folders do not count.
 
     **Ids** are ``<shard's file name without .tar>/<name>``. Samples are in the order of the shards, and in each in the order of their
     first members.

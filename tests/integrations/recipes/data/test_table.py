@@ -79,7 +79,7 @@ def test_lines_are_those_of_the_file(tmp_path):
         ("a,b\n1,é\n".encode("latin-1"), r"expected UTF-8, got other bytes in line 2 of .*x\.csv\. Save it as UTF-8\.$"),
         (
             b"a,b\n1,2\n3,4\x005\n",
-            r"expected text, got a NUL byte in line 3 of .*x\.csv\. Save it as UTF-8 if it is UTF-16, or copy it anew",
+            r"expected text, got a NUL byte in line 3 of .*x\.csv\. Save it as UTF-8 if it is UTF-16",
         ),
         (b"a,b\n" + b"1,2\n" * 50_000 + bytes(512), r"expected text, got a NUL byte in line 50002 of"),
         ("a,b\n1,2\n".encode("utf-16-le"), r"expected text, got a NUL byte in line 1 of"),

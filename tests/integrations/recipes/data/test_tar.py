@@ -207,9 +207,7 @@ def test_names_with_dots_are_said(tmp_path, folder):
     for number in range(2):
         write(tmp_path / f"{number}.tar", {name: png(1) if name.endswith("jpg") else "x" for name in DOTTED})
     for _ in range(2):
-        with pytest.warns(
-            UserWarning, match=r"passed over 8 names with a dot before their extension, the first '22\.05_cat\.jpg' \(a name"
-        ):
+        with pytest.warns(UserWarning, match=r"passed over 8 names with a dot before their .*, the first '22\.05_cat\.jpg' \(a name"):
             data = read(tmp_path / "[01].tar", index=tmp_path / "index.safetensors")
         assert data.passed_over == {module.DOTS: (8, "22.05_cat.jpg")}
         assert len(data) == 6
@@ -257,7 +255,7 @@ def test_extensions(folder, tmp_path):
     assert untokenize(data[5]["text"]) == "alt 1"
     with pytest.raises(
         ValueError,
-        match=r"^TarPairs: expected images and captions in .*x\.tar, got none; 1 with the extension \.jpg, the first 'a\.JPG'; .*Check",
+        match=r"^TarPairs: expected images and captions .*x\.tar, got none; 1 with the extension \.jpg, the first 'a\.JPG'",
     ):
         read(tmp_path / "x.tar", image_extensions=("gif",), caption_extension="xyz")
     for options in ({"image_extensions": "jpg"}, {"image_extensions": (".jpg",)}, {"image_extensions": ()}, {"caption_extension": ""}):
