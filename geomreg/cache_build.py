@@ -27,6 +27,7 @@ from geomreg.locking import Lock
 from geomreg.shards import DTYPES, Shard, Table, id_hashes, read_json, shard_name, write_file, write_index, write_json, write_shard
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
+from geomreg.units import size_text
 
 __all__ = [
     "BF16",
@@ -491,8 +492,8 @@ def _check_space(todo: list[TableBuild], probe: Embeddings) -> None:
     free = shutil.disk_usage(todo[0].path).free
     if free < needed:
         raise OSError(
-            f"{todo[0].source.name}: expected {needed / 1e6:.0f} MB of free space in {todo[0].path}, got {free / 1e6:.0f} MB. Free some, "
-            "build elsewhere, or use dtype=torch.float16."
+            f"{todo[0].source.name}: expected {size_text(needed)} of free space in {todo[0].path}, got {size_text(free)}, "
+            f"{size_text(needed - free)} too little. Free some, build elsewhere, or use dtype=torch.float16."
         )
 
 

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
+from geomreg.units import size_text
+
 __all__ = [
     "FORMAT",
     "Shard",
@@ -86,7 +88,7 @@ def write_file(path: Path, content: bytes) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "Free some space, or write elsewhere" if full else "Look at the folder"
         raise OSError(
-            f"write_file: expected to write {len(content) / 1e6:.0f} MB to {path}, got: {error.strerror}. "
+            f"write_file: expected to write {size_text(len(content))} to {path}, got: {error.strerror}. "
             f"{advice}; what is finished is kept, and the same call goes on from it."
         ) from error
     finally:

@@ -20,6 +20,7 @@ from geomreg.checks import (
     describe,
 )
 from geomreg.distributed import gathered_rows
+from geomreg.nearest import nearest_rows
 from geomreg.precision import at_least_fp32, common_precision, full_precision, one_number
 from geomreg.regularizers.common import named_options, pairs
 from geomreg.types import Embeddings
@@ -156,11 +157,11 @@ def retrieve_anchors(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int =
         k: at most N.
         chunk_size: rows of the bank at a time; memory is O(Q (k + chunk_size)) and one chunk of the bank in fp32.
         backend: ``"torch"``, ``"faiss"`` (a flat inner-product index for each chunk), or ``"auto"``: faiss if it is installed and
-            both are on the CPU. The result is the same, but for rounding.
+            both are on the CPU. Backend and ``chunk_size`` change no result: similarities are summed in fp64 and then rounded.
 
     Returns:
-        ``(Q, k)`` similarities in falling order, and ``(Q, k)`` rows of the bank; of equal similarities the lower row first
-        (which of several equal ones comes k-th is not defined).
+        ``(Q, k)`` similarities in falling order, and ``(Q, k)`` rows of the bank. Of equal similarities the lower row comes first, and
+        is the one that is taken where there is room for one alone.
 
     Raises:
         ValueError: shapes or devices differ, ``k`` above N or below 1, an empty bank, NaN or infinity, unknown backend.
@@ -189,13 +190,11 @@ def retrieve_anchors(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int =
         for start in range(0, len(bank), chunk_size):
             part = bank[start : start + chunk_size].to(wide.dtype)
             check_finite(name, "bank embeddings", part)
-            found, rows = search(wide, part, min(k, len(part)))
-            scores, indices = torch.cat([scores, found], dim=1), torch.cat([indices, rows + start], dim=1)
-            scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
-            indices = indices.gather(1, best)
-    indices, order = indices.sort(dim=1)  # equal similarities: lower row first
-    scores, best = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores, indices.gather(1, best)
+            floor = scores[:, k - 1] if scores.shape[1] == k else wide.new_full((len(wide),), -torch.inf)
+            found, rows = nearest_rows(wide, part, min(k, len(part)), search, floor)
+            scores, order = torch.cat([scores, found], dim=1).sort(dim=1, descending=True, stable=True)
+            scores, indices = scores[:, :k], torch.cat([indices, rows + start], dim=1).gather(1, order)[:, :k]
+    return scores, indices
 
 
 def _torch_search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

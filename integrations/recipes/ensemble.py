@@ -23,6 +23,7 @@ class EnsembleOptions:
         output: folder of the ensembles; each becomes ``alpha-0.50``, say, or ``alpha-0.125``, in open_clip's layout.
         pretrained: tag or file of the base model's weights; not for a folder.
         alpha: shares of the fine-tuned weights, or one.
+        overwrite: replace models that are in ``output`` already.
     """
 
     base: str
@@ -30,6 +31,7 @@ class EnsembleOptions:
     output: Path
     pretrained: str | None = None
     alpha: float | tuple[float, ...] = (0.5,)
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, tuple):
@@ -43,6 +45,7 @@ def ensemble(options: EnsembleOptions) -> list[Path]:
     exported = options.finetuned / "model"
     if (exported / "open_clip_config.json").is_file() and not (options.finetuned / "open_clip_config.json").is_file():
         raise ValueError(f"ensemble: expected the folder of a model, got that of a run, {options.finetuned}. Pass {exported}.")
+    _check_new(options)
     base, finetuned = load(options.base, options.pretrained), load(str(options.finetuned))
     start, end = ({key: value.clone() for key, value in one.model.state_dict().items()} for one in (base, finetuned))
     trained = load_head(options.finetuned)
@@ -58,6 +61,16 @@ def ensemble(options: EnsembleOptions) -> list[Path]:
         folders.append(to_open_clip(finetuned.model, finetuned.config, options.output / _name(alpha), head=head))
         print(folders[-1])
     return folders
+
+
+def _check_new(options: EnsembleOptions) -> None:
+    """No model is lost unless that is asked for; before anything is loaded."""
+    for alpha in options.alpha:
+        folder = options.output / _name(alpha)
+        if folder.exists() and not options.overwrite and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(
+                f"ensemble: expected no model in {folder}, got one. Pass --overwrite true to replace it, or another output."
+            )
 
 
 def _name(alpha: float) -> str:

@@ -1,5 +1,6 @@
 """Zero-shot evaluation of an open_clip model: class heads from templates, and which samples are right."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.recipes.data import collate
 
-__all__ = ["accuracy", "correct", "embed_images", "evaluate", "zero_shot_head"]
+__all__ = ["accuracy", "correct", "embed_images", "evaluate", "interval", "zero_shot_head"]
 
 
 @torch.no_grad()
@@ -42,6 +43,14 @@ def accuracy(right: Sequence[bool] | Tensor) -> float:
     return 100.0 * torch.as_tensor(right).double().mean().item()
 
 
+def interval(found: int, count: int) -> tuple[float, float]:
+    """Between which shares the true one lies with 95 % confidence, when ``found`` of ``count`` were seen (Wilson, 1927)."""
+    share, z = found / count, 1.96
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -51,6 +60,7 @@ def evaluate(
     batch_size: int = 256,
     workers: int = 0,
     head: Callable[[Tensor], Tensor] | None = None,
+    limit: int | None = None,
 ) -> dict[str, float]:
     """Accuracy on a labelled data set, zero-shot or of a head, in evaluation mode; the model's mode is restored.
 
@@ -61,11 +71,12 @@ def evaluate(
         batch_size: images at a time.
         workers: loading processes.
         head: unit embeddings ``(B, D)`` to logits ``(B, C)``; None: zero-shot.
+        limit: look at a random part of so many samples, always the same; None: at all.
 
     Returns:
         In per cent ``accuracy``, ``class_average``, the mean of the classes' accuracies, ``macro_f1``, the mean of the F1 scores of the
         classes that there are (iWildCam's measure in WILDS), and with groups ``worst_group``, the least accuracy of one (FMoW's, of
-        the five regions); and ``broken``, the number of samples left out.
+        the five regions); ``samples``, the number of those that were looked at; and ``broken``, of those left out.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -74,7 +85,10 @@ def evaluate(
             texts = zero_shot_head(model, torch.stack([tokenizer(dataset.class_texts(template)) for template in dataset.templates]))
             head = partial(torch.matmul, other=texts.T)
         guesses, labels, groups, broken = [], [], [], 0
-        rows = [list(range(k, min(k + batch_size, len(dataset)))) for k in range(0, len(dataset), batch_size)]
+        chosen = list(range(len(dataset)))
+        if limit is not None and limit < len(dataset):
+            chosen = sorted(np.random.default_rng(0).choice(len(dataset), limit, replace=False).tolist())
+        rows = [chosen[k : k + batch_size] for k in range(0, len(chosen), batch_size)]
         for batch in DataLoader(dataset, batch_sampler=rows, num_workers=workers, collate_fn=collate, generator=torch.Generator()):
             broken += len(batch["broken"])
             if batch["id"]:
@@ -92,6 +106,7 @@ def evaluate(
         "accuracy": 100 * score.mean(),
         "class_average": 100 * np.mean(_means(score, label)),
         "macro_f1": 100 * np.mean([_f1(guess == one, label == one) for one in np.unique(label)]),
+        "samples": float(len(score)),
         "broken": float(broken),
     }
     if getattr(dataset, "groups", None) is not None:

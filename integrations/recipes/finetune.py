@@ -8,9 +8,7 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from geomreg.integrations.recipes.config import LABELLED, READERS, Config, DataC
 from geomreg.integrations.recipes.ensemble import EnsembleOptions, ensemble
 from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import check_plain, to_open_clip, to_transformers
+from geomreg.integrations.recipes.facts import check_broken, facts_of, print_table, table_of
 from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, load_head, take_head, zero_shot_classifier
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, freeze_unreached, load, merge_adapters
@@ -41,6 +40,7 @@ from geomreg.integrations.recipes.records import Log, as_json, check_folder, che
 from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.streams import CONTEXTS, Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
+from geomreg.integrations.recipes.trial import LIMIT, base_lines, check_batches, check_learning_rate, take_steps
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
@@ -49,13 +49,13 @@ __all__ = ["check_needs", "finetune_from", "regularizer_of"]
 
 WAIT = timedelta(hours=12)  # of the other processes, while the main one evaluates
 _SIZES = {"target": "train.batch_size", "reference": "train.reference_batch_size", "texts": "method.bank_size"}  # of batches
-HIGH_RATE = 3.0  # times the highest usual learning rate of a model: worth a warning
 
 
 def finetune_from(config: Config) -> Path:
     """Fine-tune a CLIP model as configured; an interrupted run with the same configuration goes on. Returns the exported model's folder.
 
-    A dry run loads everything, takes a few steps, says how long the run will be and what it needs, and writes nothing.
+    A dry run loads everything, evaluates the base model, takes a few steps, says what it found in the data, how long the run will be and
+    what it needs, and writes nothing. Where so many samples are broken that the run would be stopped, it raises as the run does.
 
     The run's folder holds config.json (resolved), environment.json, data.json (digests of the data), metrics.jsonl, evaluation.jsonl,
     checkpoints, drift.jsonl if there is a probe, broken.txt if samples could not be read, and in open_clip's layout, adapters merged, the
@@ -91,12 +91,13 @@ def _finetune_from(config: Config) -> Path:
     evaluation = _Evaluation(run)
     monitor = _monitor(run)
     if config.dry_run:
-        _try(run)
+        _try(run, evaluation, monitor)
         return config.output
     run.try_samples()
-    data = {name: stream.dataset for name, stream in run.streams.items()}
-    data |= {f"evaluation.{name}": dataset for name, dataset in evaluation.data.items()}
-    claim(config, accelerator, data if monitor is None else {**data, "probe": monitor.dataset})
+    watched = _watched(evaluation, monitor)
+    facts = facts_of(run.streams, watched, run.loaded.tokenizer, load=False)
+    check_broken(facts, run.streams, run.settings.steps)
+    claim(config, accelerator, {**{name: stream.dataset for name, stream in run.streams.items()}, **watched})
     log = Log(config, run.settings.steps, accelerator)
 
     def on_step(entry: dict[str, float]) -> None:
@@ -133,7 +134,8 @@ def _finetune_from(config: Config) -> Path:
         mixture = None
         if config.ensemble is not None:
             options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
-            (mixture,) = ensemble(EnsembleOptions(*options))
+            (mixture,) = ensemble(EnsembleOptions(*options, overwrite=True))
+        print_table(table_of(facts, run.streams))
         evaluation.report(mixture)
         print(config.output / "model")
     accelerator.wait_for_everyone()
@@ -147,7 +149,8 @@ class _Run:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.checkpoints = config.output / "checkpoints"
-        _check_learning_rate(config)
+        check_learning_rate(config)
+        check_batches(config)
         self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop)
         self.model = self.loaded.model
         if config.transformers:
@@ -340,16 +343,6 @@ def _monitor(run: _Run) -> RunMonitor | None:
     return RunMonitor(run.current, dataset, tokens, *options, workers=config.train.workers)
 
 
-def _check_learning_rate(config: Config) -> None:
-    usual, rate = config.model.learning_rates, config.train.learning_rate
-    if usual is not None and rate > HIGH_RATE * usual[1]:
-        warnings.warn(
-            f"finetune: the learning rate {rate:g} is far above what is usual for {config.model.name}, {usual[0]:g} to {usual[1]:g}. "
-            "CLIP models forget fast: expect a loss of zero-shot accuracy that no regularizer mends.",
-            stacklevel=4,
-        )
-
-
 def _teacher(config: Config, loaded: Model) -> Teacher:
     """One that is not a frozen copy; made when parts are frozen and adapters there."""
     if config.method.teacher == "adapters_off":
@@ -363,25 +356,20 @@ def _teacher(config: Config, loaded: Model) -> Teacher:
     return Teacher.cached(cache, preprocessing=loaded.transform, tokenizer=loaded.tokenizer, modalities=modalities)
 
 
-def _try(run: _Run) -> None:
-    """A few steps that are thrown away, and what they say of the whole run."""
-    ends: list[float] = []
-    accelerator, settings = run.accelerator, run.settings
-    run.train(dataclasses.replace(settings, steps=4, average_every=None), on_step=lambda entry: ends.append(time.perf_counter()))
-    if not accelerator.is_main_process:
-        return
-    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        import resource  # not on Windows
+def _try(run: _Run, evaluation: "_Evaluation", monitor: RunMonitor | None) -> None:
+    """What a dry run says: of the data, of the base model, and of a few steps that are thrown away."""
+    facts = facts_of(run.streams, _watched(evaluation, monitor), run.loaded.tokenizer, load=True)
+    base = evaluation.of_base()
+    steps = take_steps(run)
+    if run.accelerator.is_main_process:
+        print_table({**table_of(facts), **({"base model": base} if base else {}), "run": steps})
+    check_broken(facts, run.streams, run.settings.steps)
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    for name, stream in run.streams.items():
-        print(f"{name}: {len(stream.dataset)} samples, {stream.batches_an_epoch} batches an epoch")
-    hours = settings.steps * seconds / 3600
-    memory = f"peak memory so far {peak / 1e9:.1f} GB of {accelerator.device}"
-    print(f"{settings.steps} steps of {seconds:.2f} s: {hours:.1f} h without evaluation; {memory}")
+
+def _watched(evaluation: "_Evaluation", monitor: RunMonitor | None) -> dict[str, Any]:
+    """Data sets that are looked at and not trained on, by name."""
+    found = {f"evaluation.{name}": dataset for name, dataset in evaluation.data.items()}
+    return found if monitor is None else {**found, "probe": monitor.dataset}
 
 
 def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> WeightedSum:
@@ -484,6 +472,17 @@ class _Evaluation:
                 self.run.model.to(self.run.accelerator.device)
             self._evaluate(0)
 
+    def of_base(self) -> list[str]:
+        """What a dry run says of the base model, on a part of the data where they are many."""
+        if not self.data:
+            return []
+        if self.run.sharded is None:
+            self.run.model.to(self.run.accelerator.device)
+        model = self.run.current()
+        if not self.run.accelerator.is_main_process:
+            return []
+        return base_lines(self._measured(model, self.run.start, LIMIT), {name: len(data) for name, data in self.data.items()})
+
     def after(self, step: int, *, last: bool = False) -> None:
         """Evaluate, if it is time."""
         if self.data and (last or step % self.every == 0 or step == self.steps):
@@ -492,7 +491,11 @@ class _Evaluation:
     def _evaluate(self, step: int) -> None:
         model = self.run.current()
         if self.run.accelerator.is_main_process:
-            found = self._measured(model, getattr(model, NAME, None))
+            found = self._measured(model, getattr(model, NAME, None) if step else self.run.start)
+            if not step and self.config.method.head == "linear_probe":  # which is learned already: no part of the base model
+                for name, scores in self._measured(model, getattr(model, NAME, None)).items():
+                    if scores["by"] == "head":
+                        found[name]["linear_probe"] = scores["accuracy"]
             before = [entry for entry in self.entries() if entry["step"] < step]
             trained = [entry for entry in before if entry["step"]]
             name, by = self.config.best, self.config.best_by
@@ -514,16 +517,18 @@ class _Evaluation:
             start, end = (entry[name]["accuracy"] for entry in (entries[0], entries[-1]))
             more = f"; ensemble {mixed[name]['accuracy']:.1f} %" if mixed else ""
             more += {None: "", "head": "; by the head", "zero_shot": "; zero-shot"}[entries[-1][name].get("by")]
+            more += f"; linear probe {entries[0][name]['linear_probe']:.1f} %" if "linear_probe" in entries[0][name] else ""
+            more += f"; n = {entries[-1][name]['samples']:,.0f}" if "samples" in entries[-1][name] else ""
             print(f"{name}: {start:.1f} % -> {end:.1f} % ({end - start:+.1f}){more}")
 
-    def _measured(self, model: nn.Module, head: nn.Module | None) -> dict[str, dict[str, Any]]:
+    def _measured(self, model: nn.Module, head: nn.Module | None, limit: int | None = None) -> dict[str, dict[str, Any]]:
         """By the head where it knows all classes, which is said."""
         workers, tokenizer = self.config.train.workers, self.run.loaded.tokenizer
         found: dict[str, dict[str, Any]] = {}
         for name, data in self.data.items():
             columns = None if head is None else _columns(data.classes, self.run.classes)
             among = None if head is None or columns is None else lambda image, head=head, columns=columns: head(image)[:, columns]
-            scores: dict[str, Any] = evaluate(model, data, tokenizer, workers=workers, head=among)
+            scores: dict[str, Any] = evaluate(model, data, tokenizer, workers=workers, head=among, limit=limit)
             found[name] = scores if head is None else {**scores, "by": "zero_shot" if among is None else "head"}
         return found
 

@@ -57,8 +57,9 @@ def retrieve(options: RetrieveOptions) -> list[str]:
     """Write the ids of the pool samples that are nearest to the target data (arXiv 2404.06244); returns them, nearest first.
 
     The file is what :class:`~geomreg.integrations.recipes.data.Subset` takes; it is written whole or not at all. Similarity is the inner
-    product, see :func:`~geomreg.regularizers.replay.retrieve_anchors`. Memory is that of some blocks of embeddings and 12 bytes for each
-    sample of the pool, whatever the size of the target data.
+    product, see :func:`~geomreg.regularizers.replay.retrieve_anchors`: of equally similar samples, copies of one picture say, those that
+    come first in the pool's cache are taken, on every machine and whatever is installed. Memory is that of some blocks of embeddings and
+    12 bytes for each sample of the pool, whatever the size of the target data.
 
     Raises:
         FileNotFoundError: no cache there.

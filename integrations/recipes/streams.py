@@ -97,7 +97,7 @@ class Stream:
         modalities = ("image",) if templated else modalities
         self.dataset = read(config, loaded, transform=transform, modalities=modalities, labelled=labelled, strict=strict)
         self.drawn = Drawn(self.dataset, seed=seed, texts=class_tokens(self.dataset, loaded) if templated else None)
-        self.workers = workers
+        self.size, self.workers = size, workers
         self.draws: Callable[[int], Draws] = lambda start: Draws(
             len(self.dataset),
             size // ranks,

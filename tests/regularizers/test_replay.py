@@ -169,6 +169,29 @@ def test_equal_similarities_come_in_order_of_rows(backend):
     assert scores.tolist() == [[2.0, 1.0, 1.0, 1.0]]
 
 
+@pytest.mark.parametrize(("k", "width"), [(1, 3), (5, 64), (40, 129), (190, 64)])
+def test_equal_rows_are_taken_in_order_whatever_finds_them(k, width):
+    """Twenty rows, each about ten times: more equal ones than there is room for, in several chunks."""
+    generator = torch.Generator().manual_seed(k)
+    queries, few = (F.normalize(torch.randn(n, width, generator=generator), dim=1) for n in (7, 20))
+    bank = few[torch.randint(0, 20, (200,), generator=generator)]
+    exact = torch.stack([torch.stack([(one.double() * row.double()).sum().float() for row in bank]) for one in queries])
+    scores, rows = exact.sort(dim=1, descending=True, stable=True)
+    for backend in ("torch", "faiss"):
+        for chunk_size in (3, 20, 64, 1000):
+            found = retrieve_anchors(queries, bank, k, chunk_size=chunk_size, backend=backend)
+            assert torch.equal(found[1], rows[:, :k]), (backend, chunk_size)
+            assert torch.equal(found[0], scores[:, :k]), (backend, chunk_size)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_one_row_many_times(backend):
+    """All rows tie: the first ones are taken; products that overflow do no harm."""
+    for scale in (1.0, 1e25):
+        _, rows = retrieve_anchors(torch.full((2, 8), scale), torch.full((90, 8), scale), 4, chunk_size=50, backend=backend)
+        assert rows.tolist() == [[0, 1, 2, 3]] * 2
+
+
 def test_retrieval_from_mapped_memory(tmp_path):
     bank = random_pair(30, seed=1, dtype=torch.float32)[1].image
     bank.numpy().tofile(tmp_path / "bank")

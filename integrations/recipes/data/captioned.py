@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from geomreg.checks import check_callable
+from geomreg.integrations.recipes.data.images import broken_sample
 from geomreg.integrations.recipes.data.pairs import CAPTION_KEYS, ID_KEYS, IMAGE_KEYS, find_column
 from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats, rows_of
 from geomreg.integrations.recipes.data.table import read_rows
@@ -21,7 +22,8 @@ class Captioned(Dataset[dict[str, Any]]):
     """A data set whose samples have a caption of their own besides, from a CSV or TSV file, as token ids at ``"caption"``.
 
     ARF (arXiv 2404.06244) trains on captions of the target images by BLIP-2 beside the class texts. The file is made beforehand, by any
-    captioning model, with a row for each sample: its id, and its caption. Broken samples stay as they are. Attributes that are not
+    captioning model, with a row for each sample: its id, and its caption. Broken samples stay as they are, and one whose caption here is
+    empty is broken. Attributes that are not
     listed are the data set's.
 
     Args:
@@ -39,7 +41,7 @@ class Captioned(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty or damaged file, a missing column, two captions for a sample, or an empty one; samples without a caption.
+        ValueError: an empty or damaged file, a missing column, two captions for a sample; samples without a row.
         TypeError: the tokenizer is no function, or gives something else.
     """
 
@@ -85,6 +87,9 @@ class Captioned(Dataset[dict[str, Any]]):
         sample = self.dataset[index]
         if "broken" in sample:
             return sample
+        if not self.captions[index].strip():
+            options = {"strict": getattr(self.dataset, "strict", False), "what": "a caption with text"}
+            return broken_sample("Captioned", sample["id"], self.path, f"empty caption of {sample['id']!r}", **options)
         return {**sample, "caption": tokenize("Captioned", self.tokenizer, self.captions[index])}
 
     @cached_property
@@ -105,9 +110,5 @@ def _of_samples(path: str, samples: Sequence[str], ids: Strings, captions: Strin
         raise ValueError(
             f"Captioned: expected a caption for each of the {len(samples)} samples in {path}, got none for {lacking.size}, the first "
             f"{samples[lacking[0]]!r}. Ids there look like {ids[0]!r}."
-        )
-    for row in rows[captions.lengths[rows] == 0]:
-        raise ValueError(
-            f"Captioned: expected a text as caption, got an empty one for {ids[row]!r} in line {lines[row]} of {path}. Caption the image."
         )
     return Strings(captions.blob, captions.starts[rows], captions.ends[rows])

@@ -23,9 +23,10 @@ class CocoCaptions(Dataset[dict[str, Any]]):
 
     Sample i is ``{"id": str, "image": transform(image), "text": (L,) int64}`` with the asked modalities only, and
     ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded (loaded as by
-    :class:`~geomreg.integrations.recipes.data.CsvPairs`). Images without captions are left out.
+    :class:`~geomreg.integrations.recipes.data.CsvPairs`), or its caption is empty. Images without captions are left out.
 
-    **Ids** are ``<image id>#<annotation id>``. Captions are taken as written.
+    **Ids** are ``<image id>#<annotation id>``. Captions are taken as written, and so are file names: absolute ones and ``..`` lead out of
+    ``root``.
 
     Args:
         annotations: UTF-8 JSON of an object with ``images`` (``id``, ``file_name``) and ``annotations`` (``id``, ``image_id``,
@@ -88,11 +89,20 @@ class CocoCaptions(Dataset[dict[str, Any]]):
         if "image" in self.modalities:
             check_first_image("CocoCaptions", self.path, os.path.join(self.root, self._files[0]), "Pass root=, the images' folder.")
 
+    def image_file(self, index: int) -> str:
+        """Path of a sample's image."""
+        return os.path.join(self.root, self._files[index])
+
+    def caption(self, index: int) -> str:
+        """Text of a sample."""
+        text: str = self._captions[index]
+        return text
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return read_sample(self, self.ids[index], os.path.join(self.root, self._files[index]), self._captions[index])
+        return read_sample(self, self.ids[index], self.image_file(index), self.caption(index))
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -22,10 +22,11 @@ class Flickr8k(Dataset[dict[str, Any]]):
 
     Sample i is ``{"id": str, "image": transform(image), "text": (L,) int64}`` with the asked modalities only, and
     ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded (loaded as by
-    :class:`~geomreg.integrations.recipes.data.CsvPairs`): so do the captions of ``2258277193_586949ec62.jpg.1``, an image that was
-    never published; the official splits leave it out.
+    :class:`~geomreg.integrations.recipes.data.CsvPairs`), or its caption is empty. The captions of ``2258277193_586949ec62.jpg.1`` are
+    such samples, an image that was never published; the official splits leave it out.
 
-    **Ids** are ``<image>#<k>`` for caption k of the image, from 0; the same from both files. Captions are taken as written.
+    **Ids** are ``<image>#<k>`` for caption k of the image, from 0; the same from both files. Captions are taken as written, and so are the
+    names of images: ``..`` leads out of ``root``.
 
     Args:
         tokens: UTF-8 file of lines ``<image>#<k><tab><caption>``, or CSV with the columns ``image`` and ``caption``. Flickr30k's token
@@ -82,16 +83,22 @@ class Flickr8k(Dataset[dict[str, Any]]):
         for row, *_ in repeats(self.ids):
             raise ValueError(f"Flickr8k: expected captions of different ids in {self.path}, got {self.ids[row]!r} twice. Remove one.")
         if "image" in self.modalities:
-            check_first_image("Flickr8k", self.path, self._image_path(0), "Pass root=, the images' folder.")
+            check_first_image("Flickr8k", self.path, self.image_file(0), "Pass root=, the images' folder.")
 
-    def _image_path(self, index: int) -> str:
+    def image_file(self, index: int) -> str:
+        """Path of a sample's image."""
         return os.path.join(self.root, _image(self.ids[index]))
+
+    def caption(self, index: int) -> str:
+        """Text of a sample."""
+        text: str = self._captions[index]
+        return text
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return read_sample(self, self.ids[index], self._image_path(index), self._captions[index])
+        return read_sample(self, self.ids[index], self.image_file(index), self.caption(index))
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -30,7 +30,8 @@ class LabelledFolder(Dataset[dict[str, Any]]):
     the same, so that it can be cached; another template at each draw is the business of whoever draws.
 
     **Ids** are the paths relative to ``path``, with forward slashes. Samples are sorted by class folder, then by id. Files and
-    folders whose names begin with a dot, and files without an extension of torchvision's ``IMG_EXTENSIONS``, are ignored.
+    folders whose names begin with a dot, and files without an extension of torchvision's ``IMG_EXTENSIONS``, are ignored. Links are
+    followed, also out of ``path``.
 
     Args:
         path: folder of class folders.
@@ -96,14 +97,18 @@ class LabelledFolder(Dataset[dict[str, Any]]):
         """The text of each of the C classes, say for a zero-shot head."""
         return [fill(template, name) for name in self.classes]
 
+    def image_file(self, index: int) -> str:
+        """Path of a sample's image."""
+        return os.path.join(self.path, self.ids[index])
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        sample_id, label = self.ids[index], int(self.labels[index])
+        label = int(self.labels[index])
         text = fill(self.templates[index % len(self.templates)], self.classes[label])
-        return read_sample(self, sample_id, os.path.join(self.path, sample_id), text, label=label)
+        return read_sample(self, self.ids[index], self.image_file(index), text, label=label)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -28,12 +28,15 @@ class CsvPairs(Dataset[dict[str, Any]]):
     """Image-text pairs of a CSV or TSV file with a header; the files of FLYP and open_clip as they are.
 
     Sample i is ``{"id": str, "image": transform(image), "text": (L,) int64}`` with the asked modalities only, and
-    ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded. Images are loaded as torchvision
-    does: ``convert("RGB")``, without EXIF orientation, within PIL's limit against decompression bombs.
+    ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded, or its caption is empty. Images are loaded as
+    torchvision does: ``convert("RGB")``, without EXIF orientation, within PIL's limit against decompression bombs.
 
     **Ids** are those of the id column, which must be unique. Without one they are the image paths as written, and ``path#1``,
     ``path#2``, ... for further rows with the same image: unique, and the same after captions were edited. Without images they
     are the numbers of the rows, from 0.
+
+    Image paths are taken as written: absolute ones, ``..`` and links lead out of ``root``, so read tables of others only where any file
+    that they name may be read.
 
     The columns are packed (:class:`~geomreg.integrations.recipes.data.strings.Strings`): forked workers share them.
 
@@ -55,7 +58,8 @@ class CsvPairs(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: no such file, or the first image is not there (the others are not looked for).
-        ValueError: an empty or damaged file, a missing column, an empty path, caption or id, an id twice; with ``strict`` a broken image.
+        ValueError: an empty or damaged file, a missing column, a NUL byte, an empty path or id, an id twice; with ``strict`` a
+            broken sample.
         TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
     """
 
@@ -96,7 +100,8 @@ class CsvPairs(Dataset[dict[str, Any]]):
             lines.append(np.array([line for line, _ in chunk], np.uint32))
             for what in parts:
                 texts = [fields[wanted[what]] for _, fields in chunk]
-                if empty := [line for line, text in zip(lines[-1], texts, strict=True) if not text.strip()]:
+                empty = [] if what == "caption" else [line for line, text in zip(lines[-1], texts, strict=True) if not text.strip()]
+                if empty:
                     raise ValueError(
                         f"CsvPairs: expected a text in every row of the {what} column, got an empty one in line {empty[0]} of {self.path}. "
                         "Fill it in or leave the row out."
@@ -109,7 +114,7 @@ class CsvPairs(Dataset[dict[str, Any]]):
         self._captions, self._paths = columns.get("caption"), columns.get("path")
         self.ids: Sequence[str] = self._ids(columns.get("id"), id_key)
         if "image" in self.modalities:
-            check_first_image("CsvPairs", self.path, self._image_path(0), "Pass root=, the images' folder.")
+            check_first_image("CsvPairs", self.path, self.image_file(0), "Pass root=, the images' folder.")
 
     def _ids(self, given: Strings | None, id_key: str | None) -> Strings:
         if given is not None:
@@ -137,14 +142,20 @@ class CsvPairs(Dataset[dict[str, Any]]):
             )
         return ids
 
-    def _image_path(self, index: int) -> str:
+    def image_file(self, index: int) -> str:
+        """Path of a sample's image."""
         return os.path.join(self.root, self._paths[index])
+
+    def caption(self, index: int) -> str:
+        """Text of a sample."""
+        text: str = self._captions[index]
+        return text
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self._image_path(index) if "image" in self.modalities else ""
+        path = self.image_file(index) if "image" in self.modalities else ""
         caption = self._captions[index] if "text" in self.modalities else ""
         return read_sample(self, self.ids[index], path, caption, where=f" (line {self._lines[index]} of {self.path})")
 
@@ -170,7 +181,7 @@ class LabelledPairs(CsvPairs):
         templates: ``("{}",)``: a caption is a whole text.
 
     Raises:
-        ValueError: as :class:`CsvPairs`; one caption for all, or more than 10,000 different ones.
+        ValueError: as :class:`CsvPairs`; an empty caption, one caption for all, or more than 10,000 different ones.
     """
 
     templates = ("{}",)
@@ -178,6 +189,12 @@ class LabelledPairs(CsvPairs):
     def __init__(self, path: str | os.PathLike[str], *, modalities: tuple[str, ...] = ("image", "text"), **options: Any) -> None:
         super().__init__(path, modalities=("image", "text"), **options)
         self.modalities = modalities
+        for line, caption in zip(self._lines, self._captions, strict=True):
+            if not caption.strip():
+                raise ValueError(
+                    f"LabelledPairs: expected the name of a class as every caption, got an empty one in line {line} of {self.path}. "
+                    "Fill it in or leave the row out."
+                )
         number: dict[str, int] = {}
         self.labels = np.fromiter((number.setdefault(caption, len(number)) for caption in self._captions), np.int64, len(self))
         self.classes = tuple(number)

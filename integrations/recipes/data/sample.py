@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from geomreg.checks import check_callable, check_choices
-from geomreg.integrations.recipes.data.images import image_sample
+from geomreg.integrations.recipes.data.images import broken_sample, image_sample
 from geomreg.integrations.recipes.data.texts import Tokenizer, tokenize
 from geomreg.types import Embeddings
 
@@ -47,6 +47,9 @@ def read_sample(
 ) -> dict[str, Any]:
     """``{"id", "image", "text", **more}`` with the reader's modalities, or a broken sample.
 
+    A sample is broken if its image cannot be loaded, or its caption holds nothing but white space: it would teach the model what no text
+    looks like.
+
     Args:
         reader: data set whose sample it is.
         sample_id: of the sample.
@@ -58,6 +61,9 @@ def read_sample(
     """
     name = type(reader).__name__
     sample: dict[str, Any] = {"id": sample_id}
+    if "text" in reader.modalities and not text.strip():
+        empty = f"empty caption{where or f' of {sample_id!r}'}"
+        return broken_sample(name, sample_id, path or sample_id, empty, strict=reader.strict, what="a caption with text")
     if "image" in reader.modalities:
         sample = image_sample(name, sample_id, path, reader.transform, strict=reader.strict, where=where, data=data)
         if "broken" in sample:

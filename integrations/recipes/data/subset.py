@@ -64,6 +64,14 @@ class Subset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.dataset[int(self.rows[index])]
 
+    def image_file(self, index: int) -> str:
+        """Path of a sample's image, where the data set has files of them."""
+        return str(self.dataset.image_file(int(self.rows[index])))
+
+    def caption(self, index: int) -> str:
+        """Text of a sample, where the data set has captions."""
+        return str(self.dataset.caption(int(self.rows[index])))
+
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """For each modality a digest of the data set's and of the ids."""

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 __all__ = ["read_columns", "read_lines", "read_rows"]
 
@@ -26,7 +26,7 @@ def read_rows(name: str, path: str, *, separator: str | None = None, known: Coll
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        ValueError: a separator of several characters, an empty file, another encoding, stray quotes, a row with more or
+        ValueError: a separator of several characters, an empty file, another encoding, NUL bytes, stray quotes, a row with more or
             fewer fields than the first.
     """
     if separator is not None and (not isinstance(separator, str) or len(separator) != 1 or separator in '"\r\n'):
@@ -37,9 +37,11 @@ def read_rows(name: str, path: str, *, separator: str | None = None, known: Coll
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if separator is None:
-                separator = _found(file.read(_SAMPLE), known)
+                if "\0" in (sample := file.read(_SAMPLE)):
+                    raise _nul(name, path)
+                separator = _found(sample, known)
                 file.seek(0)
-            reader = csv.reader(file, delimiter=separator, strict=True)
+            reader = csv.reader(_without_nul(name, path, file), delimiter=separator, strict=True)
             for fields in reader:
                 if fields:
                     width = width or len(fields)
@@ -80,13 +82,13 @@ def read_lines(name: str, path: str) -> Iterator[tuple[int, str]]:
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        ValueError: another encoding.
+        ValueError: another encoding, NUL bytes.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name}: expected a text file, got none at {path}. Check the path.")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_without_nul(name, path, file), 1):
                 if line.strip():
                     yield number, line.rstrip("\n")
     except UnicodeDecodeError as error:
@@ -111,3 +113,21 @@ def _not_utf8(name: str, path: str) -> ValueError:
             number += 1
             line.decode()
     return ValueError(f"{name}: expected UTF-8, got other bytes in line {number} of {path}. Save it as UTF-8.")
+
+
+def _without_nul(name: str, path: str, lines: Iterable[str]) -> Iterator[str]:
+    """The lines; Python's csv module takes NUL for text from 3.11 on, and files have no names with it."""
+    for line in lines:
+        if "\0" in line:
+            raise _nul(name, path)
+        yield line
+
+
+def _nul(name: str, path: str) -> ValueError:
+    """The error that names the first line with a NUL byte, of a file that has one."""
+    with open(path, "rb") as file:
+        number = next(number for number, line in enumerate(file, 1) if b"\0" in line)
+    return ValueError(
+        f"{name}: expected text, got a NUL byte in line {number} of {path}. Save it as UTF-8 if it is UTF-16, or copy it anew: a write "
+        "that was cut off leaves such bytes."
+    )

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from geomreg.integrations.recipes.data.texts import Tokenizer
 
 __all__ = ["TarPairs"]
 
+_BLOCK = 1 << 20  # bytes at a time, of what follows after the end of a tar file
 _OPEN = 32  # shards that a process keeps open
 _FORMAT = "geomreg tar index 1"
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as WebDataset: key, and extension from the first dot on
@@ -39,8 +41,12 @@ class TarPairs(Dataset[dict[str, Any]]):
     Members whose names agree up to the first dot of the file name are one sample: ``000000012.jpg``, ``000000012.txt``,
     ``000000012.json``. Sample i is ``{"id": str, "image": transform(image), "text": (L,) int64}`` with the asked modalities only, and
     ``{"id", "broken": "<shard>/<name>: <reason>"}`` if its image or its caption is missing or cannot be decoded (images are loaded as
-    by :class:`~geomreg.integrations.recipes.data.CsvPairs`). Captions are taken as written. Folders, hidden files, members with other
-    extensions, and names with neither image nor caption are ignored.
+    by :class:`~geomreg.integrations.recipes.data.CsvPairs`), or the caption is empty. Captions are taken as written.
+
+    **What is passed over** is counted in ``passed_over``: members with other extensions, hidden files, and names with a dot before the
+    extension, as in ``22.05_cat.jpg``, whose extension is ``05_cat.jpg`` by the rule above; of these there is also a warning, unless
+    there is a sample ``22`` of which they may be further images. There is one too of an archive after the end of a shard's first, which
+    ``cat a.tar b.tar`` leaves there. Folders do not count.
 
     **Ids** are ``<shard's file name without .tar>/<name>``. Samples are in the order of the shards, and in each in the order of their
     first members.
@@ -68,6 +74,7 @@ class TarPairs(Dataset[dict[str, Any]]):
         groups: ``(N,)`` int32, ascending: number of each sample's shard. Shuffled shards with samples shuffled within them are read
             almost sequentially.
         shards: paths of the S shards.
+        passed_over: number of members that belong to no sample, by the reason, and the first such member.
         transform, tokenizer, modalities: as given.
 
     Raises:
@@ -108,13 +115,30 @@ class TarPairs(Dataset[dict[str, Any]]):
         self.shards = _expand(shards)
         self._stamps = [_stamp(path) for path in self.shards]
         parts = _indexed(self.shards, self._stamps, self._extensions, None if index is None else os.fspath(index))
+        self.passed_over = _together(part.passed for part in parts)
         self.ids: Strings = Strings.concatenate(
             Strings.pack(f"{_name(path)}/{key}" for key in part.keys) for path, part in zip(self.shards, parts, strict=True)
         )
         self.groups = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.keys) for part in parts])
         self._members = np.concatenate([part.members for part in parts])  # (N, 4): position and size of image and caption
         if not len(self):
-            raise ValueError(f"TarPairs: expected images and captions in {', '.join(self.shards):.200}, got none. Check the extensions.")
+            told = "".join(f"; {count} {what}, the first {name!r}" for what, (count, name) in self.passed_over.items())
+            raise ValueError(
+                f"TarPairs: expected images and captions in {', '.join(self.shards):.200}, got none{told}. Check the extensions."
+            )
+        for what, advice in _LOST.items():
+            if what in self.passed_over:
+                count, name = self.passed_over[what]
+                warnings.warn(f"TarPairs: passed over {count} {what}, the first {name!r} {advice}.", stacklevel=2)
+
+    def lacking(self) -> dict[str, int]:
+        """Samples without a member that their modalities need: each of them is broken."""
+        columns = {"image": 0, "text": 2}
+        return {modality: int((self._members[:, columns[modality]] < 0).sum()) for modality in self.modalities}
+
+    def caption(self, index: int) -> str:
+        """Text of a sample; a ValueError that says why there is none."""
+        return _caption(self._content(index, 1), self.json_key)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -127,7 +151,7 @@ class TarPairs(Dataset[dict[str, Any]]):
             if "image" in self.modalities:
                 image = self._content(index, 0)
             if "text" in self.modalities:
-                caption = _caption(self._content(index, 1), self.json_key)
+                caption = self.caption(index)
         except (OSError, ValueError) as error:
             return broken_sample("TarPairs", sample_id, where, reason(error), strict=self.strict, what="an image and a caption")
         return read_sample(self, sample_id, where, caption, data=image)
@@ -251,10 +275,31 @@ _Known = tuple[str, int, int]  # name and stamp of a shard
 
 
 class _Part(NamedTuple):
-    """Samples of a shard: names, and ``(N, 4)`` position and size of the image, position and size of the caption (-1: none)."""
+    """Samples of a shard: names, and ``(N, 4)`` position and size of the image, position and size of the caption (-1: none); and for
+    each reason how many members belong to none of them, and the first."""
 
     keys: Strings
     members: np.ndarray
+    passed: dict[str, tuple[int, str]]
+
+
+DOTS = "names with a dot before their extension"
+APPENDED = "archives after the end of the first"
+_LOST = {  # what was surely meant to be read
+    DOTS: "(a name ends at its first dot, as in WebDataset): rename them, or give the whole extension, say image_extensions=('input.jpg',)",
+    APPENDED: "(tar stops at the end of the first): split the shard, or write it anew",
+}
+_KINDS = 16  # of other extensions that are counted apart
+
+
+def _together(parts: Iterable[dict[str, tuple[int, str]]]) -> dict[str, tuple[int, str]]:
+    """The counts of all shards."""
+    found: dict[str, tuple[int, str]] = {}
+    for part in parts:
+        for what, (count, name) in part.items():
+            before, first = found.get(what, (0, name))
+            found[what] = before + count, first
+    return found
 
 
 def _indexed(shards: list[str], stamps: list[tuple[int, int]], extensions: _Extensions, index: str | None) -> list[_Part]:
@@ -272,8 +317,13 @@ def _indexed(shards: list[str], stamps: list[tuple[int, int]], extensions: _Exte
 
 def _scan(path: str, extensions: _Extensions) -> _Part:
     rows: dict[str, list[int]] = {}
+    passed: dict[str, tuple[int, str]] = {}
+    dotted: list[tuple[str, str]] = []
     columns = {extension: 2 * kind for kind in (0, 1) for extension in extensions[kind]}
     for member in _members(path):
+        if member is None:
+            passed[APPENDED] = 1, path
+            continue
         name = member.name.removeprefix("./")
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"TarPairs: expected members with paths inside the archive in {path}, got {member.name!r}. Remove it.")
@@ -289,10 +339,34 @@ def _scan(path: str, extensions: _Extensions) -> _Part:
                 what = "caption" if column else "image"
                 raise ValueError(f"TarPairs: expected one {what} for each name in {path}, got a second one, {name!r}. Remove or rename it.")
             row[column : column + 2] = member.offset_data, member.size
-    return _Part(Strings.pack(rows), np.array(list(rows.values()), np.int64).reshape(-1, 4))
+        elif member.isreg():
+            what = _why(name, columns)
+            if what == DOTS and match:
+                dotted.append((match[1], name))
+                continue
+            _count(passed, what if what in passed or len(passed) < _KINDS else "others", name)
+    for key, name in dotted:
+        _count(passed, "further images or captions of samples" if key in rows else DOTS, name)
+    return _Part(Strings.pack(rows), np.array(list(rows.values()), np.int64).reshape(-1, 4), passed)
 
 
-def _members(path: str) -> Iterator[tarfile.TarInfo]:
+def _count(passed: dict[str, tuple[int, str]], what: str, name: str) -> None:
+    count, first = passed.get(what, (0, name))
+    passed[what] = count + 1, first
+
+
+def _why(name: str, columns: Mapping[str, int]) -> str:
+    """A member with this name belongs to no sample."""
+    file = name.rpartition("/")[2]
+    if file.startswith("."):
+        return "hidden files"
+    if any(file.lower().endswith(f".{extension}") for extension in columns):
+        return DOTS
+    return f"with the extension .{file.rpartition('.')[2].lower()}" if "." in file else "without an extension"
+
+
+def _members(path: str) -> Iterator[tarfile.TarInfo | None]:
+    """The members, and None where something follows after the end of the archive."""
     with open(path, "rb") as file:
         start = file.read(8)
         for magic, kind in _COMPRESSED.items():
@@ -310,6 +384,8 @@ def _members(path: str) -> Iterator[tarfile.TarInfo]:
                     archive.members.clear()  # which would hold every header
                 file.seek(archive.offset)  # tarfile takes whatever is no header for the end
                 if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
+                    if any(any(block) for block in iter(lambda: file.read(_BLOCK), b"")):
+                        yield None
                     return
         except (tarfile.TarError, ValueError, OverflowError) as error:
             damage = str(error)
@@ -332,8 +408,14 @@ def _load(path: str, extensions: _Extensions) -> dict[_Known, _Part]:
         return {}
     if metadata.get("checksum") != _checksum(tensors, metadata) or metadata["extensions"] != json.dumps(extensions):
         return {}
+    if "0.passed" not in tensors:  # of a version that did not count what is passed over
+        return {}
     return {
-        (name, size, modified): _Part(Strings.of_lengths(tensors[f"{k}.keys"].tobytes(), tensors[f"{k}.lengths"]), tensors[f"{k}.members"])
+        (name, size, modified): _Part(
+            Strings.of_lengths(tensors[f"{k}.keys"].tobytes(), tensors[f"{k}.lengths"]),
+            tensors[f"{k}.members"],
+            {what: (count, first) for what, (count, first) in json.loads(tensors[f"{k}.passed"].tobytes()).items()},
+        )
         for k, (name, size, modified) in enumerate(json.loads(metadata["shards"]))
     }
 
@@ -343,6 +425,7 @@ def _store(path: str, parts: dict[_Known, _Part], extensions: _Extensions) -> No
     for k, part in enumerate(parts.values()):
         tensors[f"{k}.keys"] = np.frombuffer(part.keys.blob, np.uint8)
         tensors[f"{k}.lengths"], tensors[f"{k}.members"] = part.keys.lengths, part.members
+        tensors[f"{k}.passed"] = np.frombuffer(json.dumps(part.passed).encode(), np.uint8)
     metadata = {"format": _FORMAT, "shards": json.dumps(list(parts)), "extensions": json.dumps(extensions)}
     metadata["checksum"] = _checksum(tensors, metadata)
     temporary = f"{path}.{os.getpid()}"

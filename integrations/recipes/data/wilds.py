@@ -122,13 +122,14 @@ class IWildCam(Dataset[dict[str, Any]]):
         self.ids = Strings.pack(files)
         self.labels, self.groups = np.array(labels), np.array(groups)
         if "image" in self.modalities:
-            check_first_image("IWildCam", path, self._image_path(0), "Pass the folder iwildcam_v2.0.")
+            check_first_image("IWildCam", path, self.image_file(0), "Pass the folder iwildcam_v2.0.")
 
     def class_texts(self, template: str) -> list[str]:
         """The text of each of the C classes, say for a zero-shot head."""
         return [fill(template, name) for name in self.classes]
 
-    def _image_path(self, index: int) -> str:
+    def image_file(self, index: int) -> str:
+        """Path of a sample's image."""
         return os.path.join(self.root, "train", self.ids[index])
 
     def __len__(self) -> int:
@@ -222,13 +223,14 @@ class FMoW(Dataset[dict[str, Any]]):
         self.ids = Strings.pack(files)
         self.labels, self.groups = np.array(labels), np.array(groups)
         if "image" in self.modalities:
-            check_first_image("FMoW", path, self._image_path(0), "Pass the folder fmow_v1.1.")
+            check_first_image("FMoW", path, self.image_file(0), "Pass the folder fmow_v1.1.")
 
     def class_texts(self, template: str) -> list[str]:
         """The text of each of the 62 classes, say for a zero-shot head."""
         return [fill(template, name) for name in self.classes]
 
-    def _image_path(self, index: int) -> str:
+    def image_file(self, index: int) -> str:
+        """Path of a sample's image."""
         return os.path.join(self.root, "images", self.ids[index])
 
     def __len__(self) -> int:
@@ -246,7 +248,7 @@ class FMoW(Dataset[dict[str, Any]]):
 def _sample(data: IWildCam | FMoW, index: int) -> dict[str, Any]:
     label, group = int(data.labels[index]), int(data.groups[index])
     text = fill(data.templates[index % len(data.templates)], data.classes[label])
-    return read_sample(data, data.ids[index], data._image_path(index), text, label=label, group=group)
+    return read_sample(data, data.ids[index], data.image_file(index), text, label=label, group=group)
 
 
 def _fingerprint(data: IWildCam | FMoW) -> dict[str, str]:

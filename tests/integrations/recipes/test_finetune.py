@@ -246,7 +246,7 @@ TEXTS = MethodConfig("zscl", loss="classification", head="text_encoder", label_s
 
 
 @pytest.mark.parametrize("method", [HEAD, PROBE], ids=["zero-shot", "probe"])
-def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method):
+def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method, capsys):
     evaluation = {
         "id": DataConfig("folder", str(data / "classes")),
         "other": DataConfig("folder", str(data / "classes"), {"class_names": NAMES}),
@@ -271,8 +271,15 @@ def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method):
     )
     torch.testing.assert_close(start.weight, base.model.logit_scale.exp() * texts, rtol=1e-4, atol=1e-4)
     assert (head.weight - start.weight).abs().max() > 1e-4
+    zero_shot = evaluate(base.model, LabelledFolder(data / "classes", transform=base.transform), base.tokenizer)
+    assert entries[0]["id"]["accuracy"] == zero_shot["accuracy"]  # of the base model, whatever head was learned before the first step
+    printed = capsys.readouterr().out
+    assert re.search(rf"^id: {zero_shot['accuracy']:.1f} % -> .*; n = 40$", printed, re.MULTILINE)
+    assert ("linear_probe" in entries[0]["id"]) == (method is PROBE)
+    assert "linear_probe" not in entries[0]["other"]  # whose classes it does not know
     if method is PROBE:
-        assert entries[0]["id"]["accuracy"] > 90  # pictures of noise, fitted: chance for a zero-shot head
+        assert entries[0]["id"]["linear_probe"] > 90  # pictures of noise, fitted: chance for a zero-shot head
+        assert f"; linear probe {entries[0]['id']['linear_probe']:.1f} %;" in printed
     mixed, before, _ = load_head(tmp_path / "run" / "ensemble" / "alpha-0.50")
     torch.testing.assert_close(mixed.weight, (start.weight + head.weight) / 2)
     torch.testing.assert_close(mixed.bias, (start.bias + head.bias) / 2)
@@ -312,8 +319,8 @@ def test_the_head_is_used_where_it_knows_the_classes(data, tmp_path, capsys):
             right = logits.argmax(dim=1) == torch.tensor(images.labels)
             assert entry[name]["accuracy"] == pytest.approx(100 * right.double().mean().item())
     printed = capsys.readouterr().out
-    assert re.search(r"^some: .*; ensemble .* %; by the head$", printed, re.MULTILINE)
-    assert re.search(r"^more: .*; ensemble .* %; zero-shot$", printed, re.MULTILINE)
+    assert re.search(r"^some: .*; ensemble .* %; by the head; linear probe .* %; n = 16$", printed, re.MULTILINE)
+    assert re.search(r"^more: .*; ensemble .* %; zero-shot; n = 32$", printed, re.MULTILINE)
 
 
 def test_classes_of_one_name_take_their_columns_in_order():
@@ -591,9 +598,13 @@ def test_a_high_learning_rate_warns(data, tmp_path):
     model = ModelConfig(str(model_folder()), learning_rates=(1e-6, 1e-5))
     with pytest.warns(UserWarning, match="the learning rate 0.001 is far above what is usual for .*, 1e-06 to 1e-05"):
         finetune_from(dataclasses.replace(config(data, tmp_path / "run", model=model, learning_rate=1e-3, steps=1), ensemble=None))
+    with pytest.warns(
+        UserWarning, match="the learning rate 1e-07 is far below what is usual for .*, 1e-06 to 1e-05.* raise train.learning"
+    ):
+        finetune_from(dataclasses.replace(config(data, tmp_path / "low", model=model, learning_rate=1e-7, steps=1), ensemble=None))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*learning rate.*")
-        finetune_from(dataclasses.replace(config(data, tmp_path / "low", model=model, learning_rate=1e-5, steps=1), ensemble=None))
+        finetune_from(dataclasses.replace(config(data, tmp_path / "usual", model=model, learning_rate=1e-5, steps=1), ensemble=None))
 
 
 def test_a_warm_up_longer_than_the_run_warns(data, tmp_path):
@@ -729,11 +740,103 @@ class FaultyTeacher(torch.nn.Module):
 
 def test_dry_run(data, tmp_path, capsys):
     finetune_from(dataclasses.replace(config(data, tmp_path / "run", steps=500, average_every=100), dry_run=True))
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first == "target: 40 samples, 5 batches an epoch"
-    assert second == "reference: 40 samples, 5 batches an epoch"
-    assert re.fullmatch(r"500 steps of \d+\.\d\d s: 0\.\d h without evaluation; peak memory so far \d+\.\d GB of cpu", third)
+    lines = capsys.readouterr().out.splitlines()
+    data_lines = ["files, all 40: none missing", "samples, all 40: none that cannot be loaded"]
+    data_lines.append("captions, all 40: none empty, none repeated, none cut at 16 tokens")
+    assert lines[:4] == [f"{'target':<11}40 samples, 5 batches an epoch", *(" " * 11 + line for line in data_lines)]
+    assert lines[4:8] == [f"{'reference':<11}40 samples, 5 batches an epoch", *(" " * 11 + line for line in data_lines)]
+    assert re.fullmatch(r"run {8}500 steps of \S+ m?s: \S+ (s|min|h) without evaluation", lines[8])
+    assert re.fullmatch(r" {11}peak memory so far \S+ (MB|GB) of cpu", lines[9])
+    assert re.fullmatch(r" {11}first 4 steps, at the full learning rate: loss \S+ -> \S+, gradient ratio \S+", lines[10])
+    assert len(lines) == 11
     assert not (tmp_path / "run").exists()
+
+
+def damaged(data, folder, *, missing=0, unreadable=0, empty=0):
+    """A copy of the pairs."""
+    shutil.copytree(data, folder)
+    names = [line.split("\t")[0] for line in (data / "pairs.tsv").read_text().splitlines()[1:]]
+    for name in names[1 : 1 + missing]:
+        (folder / name).unlink()
+    for name in names[1 + missing : 1 + missing + unreadable]:
+        (folder / name).write_bytes(b"x")
+    rows = [f"{name}\t{' ' if row < empty else 'picture'}" for row, name in enumerate(names)]
+    (folder / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unreadable", "empty"])
+def test_broken_samples_that_would_stop_the_run_end_a_dry_run(data, tmp_path, wrong, capsys):
+    """With the numbers; where it is known from the files or captions alone, also the run itself, before there is a folder."""
+    one = config(damaged(data, tmp_path / "data", **{wrong: 5}), tmp_path / "run", steps=100)
+    message = r"finetune: expected at most 1% of the samples of target to be broken, got 5 of 40, the first .*(1|2)?\.png"
+    with pytest.raises(RuntimeError, match=message):
+        finetune_from(dataclasses.replace(one, dry_run=True))
+    printed = capsys.readouterr().out
+    assert "samples, all 40: 5 cannot be loaded, the first " in printed
+    assert ("files, all 40: 5 missing (12.5 %), the first " in printed) == (wrong == "missing")
+    assert ("captions, all 40: 5 empty, 35 repeated" in printed) == (wrong == "empty")
+    assert "run        100 steps" in printed
+    if wrong != "unreadable":
+        with pytest.raises(RuntimeError, match=message):
+            finetune_from(one)
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_broken_samples_are_said_at_the_end(data, tmp_path, capsys):
+    finetune_from(config(damaged(data, tmp_path / "data", missing=1, empty=1), tmp_path / "run", steps=5, ensemble=None))
+    printed = capsys.readouterr().out
+    assert re.search(r"^target +40 samples, 5 batches an epoch$", printed, re.MULTILINE)
+    assert "files, all 40: 1 missing (2.5 %), the first " in printed
+    assert "captions, all 40: 1 empty, 39 repeated, none cut at 16 tokens" in printed
+    assert "drawn: 40 samples, 2 of them broken and replaced" in printed
+
+
+def test_dry_run_evaluates_the_base_model(data, tmp_path, capsys, monkeypatch):
+    """All of it, or a random part of it, before the steps that are thrown away; not a linear probe."""
+    base = load(str(model_folder()))
+    right = evaluated(base, data)["accuracy"]
+    one = config(data, tmp_path / "run", method=PROBE, kind="folder", evaluation={"id": DataConfig("folder", str(data / "classes"))})
+    finetune_from(dataclasses.replace(one, dry_run=True))
+    assert f"base model     id: {right:.1f} % of 40 samples (" in capsys.readouterr().out
+    monkeypatch.setattr(finetune_module, "LIMIT", 10)
+    finetune_from(dataclasses.replace(one, dry_run=True))
+    assert re.search(r"base model     id: \d+\.0 % of a random 10 of 40 samples \(", capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "rate", "told"),
+    [
+        (1e7, 1e-4, "far above 1, so that next to nothing"),
+        (300.0, 1e-4, ""),
+    ],
+)
+def test_dry_run_says_what_is_out_of_range(data, tmp_path, capsys, weight, rate, told):
+    """Also with a warm-up that has hardly begun after a few steps."""
+    method = MethodConfig("dive", {"dive": TermConfig("DiVE", weight)})
+    one = config(data, tmp_path / "run", method=method, learning_rate=rate, steps=500, warmup_steps=100)
+    finetune_from(dataclasses.replace(one, dry_run=True))
+    printed = capsys.readouterr().out
+    assert ("! the" in printed) == bool(told)
+    assert told in printed
+
+
+def test_one_pair_in_a_batch_warns(data, tmp_path):
+    replay = MethodConfig("r", {"replay": TermConfig("ContrastiveReplay", 1.0)})
+    for changes, option in (
+        ({"batch_size": 1}, "train.batch_size"),
+        ({"method": replay, "reference_batch_size": 1}, "reference_batch_size"),
+    ):
+        with pytest.warns(
+            UserWarning, match=rf"a contrastive loss of one pair compares it with no other: .* Raise \S*{option}, which is 1"
+        ):
+            finetune_module._Run(config(data, tmp_path / "run", **changes), finetune_module.Accelerator(cpu=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        finetune_module._Run(
+            config(data, tmp_path / "run", method=HEAD, kind="folder", batch_size=1), finetune_module.Accelerator(cpu=True)
+        )
 
 
 # evaluation
@@ -789,7 +892,7 @@ def test_best_by_groups_needs_them(data, tmp_path):
 def test_summary_without_a_mixture(data, tmp_path, capsys):
     evaluation = {"id": DataConfig("folder", str(data / "classes"))}
     finetune_from(config(data, tmp_path / "run", evaluation=evaluation, ensemble=None, kind="folder"))
-    assert re.search(r"^id: \d+\.\d % -> \d+\.\d % \([+-]\d+\.\d\)$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^id: \d+\.\d % -> \d+\.\d % \([+-]\d+\.\d\); n = 40$", capsys.readouterr().out, re.MULTILINE)
 
 
 def evaluated(one, data):
@@ -1132,7 +1235,10 @@ def test_the_command_ends_with_the_model_and_warns_on_one_line(data, tmp_path, c
         assert warnings.formatwarning("theirs", UserWarning, "torch.py", 1).startswith("torch.py:1: UserWarning: theirs")
     assert re.fullmatch(r"geomreg: warning: finetune: the warm-up of 500 steps does not end .* Lower train.warmup_steps\.\n", line)
     found = capsys.readouterr()
-    assert found.out.splitlines() == [str(tmp_path / "run" / "ensemble" / "alpha-0.50"), str(tmp_path / "run" / "model")]
+    lines = found.out.splitlines()
+    assert (lines[0], lines[-1]) == (str(tmp_path / "run" / "ensemble" / "alpha-0.50"), str(tmp_path / "run" / "model"))
+    assert lines[1].split("  ") == ["target", "40 samples, 5 batches an epoch"]
+    assert lines[-2].strip() == "drawn: 16 samples, none of them broken and replaced"
     with pytest.warns(UserWarning, match="warm-up"):
         assert main(given) == 0
     assert main([*given, "--resume", "never"]) == 2

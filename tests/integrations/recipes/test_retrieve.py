@@ -173,3 +173,14 @@ def test_mistakes(data, caches, tmp_path):
         with pytest.raises(ValueError, match=r"^retrieve: expected (k|limit) as a whole number >= 1, got 0"):
             RetrieveOptions(pool=images, **options, **changes)
     assert not (tmp_path / "ids.txt").exists()
+
+
+@pytest.mark.parametrize("at_once", [3, 10, 1000])
+def test_of_copies_in_the_pool_the_first_are_taken(monkeypatch, at_once):
+    monkeypatch.setattr(module, "_SIMILARITIES", at_once * 5)
+    generator = torch.Generator().manual_seed(0)
+    queries, few = (nn.functional.normalize(torch.randn(rows, 65, generator=generator), dim=1) for rows in (5, 6))
+    bank = few.repeat(20, 1)
+    _, rows = module._nearest(queries, bank.split(at_once), 4)
+    nearest = (queries @ few.T).argmax(dim=1)
+    assert torch.equal(rows, nearest[:, None] + 6 * torch.arange(4))

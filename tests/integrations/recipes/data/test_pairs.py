@@ -149,8 +149,6 @@ def test_ids_of_captions_alone(tmp_path):
         ({"header": ["title", "title"], "image_key": "title"}, r"one column 'title' in .*, got 2 among 'title', 'title'\. Rename"),
         ({"rows": []}, r"rows after the header of .*pairs\.csv, got none\. Write a row"),
         ({"rows": [*ROWS, ["", "x"]]}, r"a text in every row of the path column, got an empty one in line 5 of"),
-        ({"rows": [*ROWS, ["x.png", ""]]}, r"a text in every row of the caption column, got an empty one in line 5 of"),
-        ({"rows": [*ROWS, ["x.png", " \t"]]}, r"a text in every row of the caption column, got an empty one in line 5 of"),
         ({"rows": [*ROWS, ["a.png"]]}, r"2 fields a row as in the first, separated by '\\t', got 1 in line 5 of"),
         ({"rows": [*ROWS, ["a.png", "b", "c"]]}, r"2 fields a row as in the first, separated by '\\t', got 3 in line 5 of"),
         ({"modalities": ("image", "sound")}, r"modalities as a tuple of different ones of 'image', 'text'"),

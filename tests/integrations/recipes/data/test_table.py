@@ -77,6 +77,12 @@ def test_lines_are_those_of_the_file(tmp_path):
         (b'a,b\n1,"2\n3"\n4\n5,6', r"expected 2 fields a row as in the first, separated by ',', got 1 in line 4 of .*x\.csv\. Put quotes"),
         (b"a\tb\n1\t2\n1\t2\t3\n", r"separated by '\\t', got 3 in line 3 of"),
         ("a,b\n1,é\n".encode("latin-1"), r"expected UTF-8, got other bytes in line 2 of .*x\.csv\. Save it as UTF-8\.$"),
+        (
+            b"a,b\n1,2\n3,4\x005\n",
+            r"expected text, got a NUL byte in line 3 of .*x\.csv\. Save it as UTF-8 if it is UTF-16",
+        ),
+        (b"a,b\n" + b"1,2\n" * 50_000 + bytes(512), r"expected text, got a NUL byte in line 50002 of"),
+        ("a,b\n1,2\n".encode("utf-16-le"), r"expected text, got a NUL byte in line 1 of"),
         (b"a,b\n" + b"1,2\n" * 50_000 + b"1,\xff\n", r"expected UTF-8, got other bytes in line 50002 of"),
         ("a,b\n1,2\n".encode("utf-16"), r"expected UTF-8, got other bytes in line 1 of"),
         (b'a,b\n1,"2\n3,4\n', r"csv module reads, got unexpected end of data \(line 2 of .*x\.csv\)\. Put quotes"),
@@ -124,3 +130,9 @@ def test_lines(tmp_path):
         list(read_lines("reader", str(path)))
     with pytest.raises(FileNotFoundError, match=r"^reader: expected a text file, got none at .*\. Check the path\.$"):
         list(read_lines("reader", str(tmp_path)))
+
+
+def test_lines_with_nul_are_refused(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"one\ntwo\x00\n")
+    with pytest.raises(ValueError, match=r"^Reader: expected text, got a NUL byte in line 2 of .*x\.txt"):
+        list(read_lines("Reader", str(tmp_path / "x.txt")))

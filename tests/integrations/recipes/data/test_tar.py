@@ -6,13 +6,14 @@ import os
 import pickle
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 from samples import forbidden, to_tensor, tokenize, untokenize
 from torch.utils.data import DataLoader
 
@@ -190,6 +191,61 @@ def test_grouping_of_members(tmp_path):
     assert list(data.ids) == ["x/b", "x/dir/b", "x/a", "x/dir.d/c"]
     assert [untokenize(sample["text"]) for sample in data] == ["b", "in dir", "a", "c"]
     assert [round(sample["image"][0].mean().item() * 255) for sample in data] == [1, 2, 4, 3]
+    assert data.passed_over == {
+        "with the extension .json": (2, "b.json"),
+        "hidden files": (2, ".DS_Store"),
+        "without an extension": (1, "README"),
+        "further images or captions of samples": (1, "a.seg.png"),
+    }
+
+
+DOTTED = [f"{name}.{end}" for name in ("p1", "p2", "22.05_cat", "v1.5-dog", "p3") for end in ("jpg", "txt")]
+
+
+def test_names_with_dots_are_said(tmp_path, folder):
+    """Also from an index, of several shards, and where nothing else is there."""
+    for number in range(2):
+        write(tmp_path / f"{number}.tar", {name: png(1) if name.endswith("jpg") else "x" for name in DOTTED})
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"passed over 8 names with a dot before their .*, the first '22\.05_cat\.jpg' \(a name"):
+            data = read(tmp_path / "[01].tar", index=tmp_path / "index.safetensors")
+        assert data.passed_over == {module.DOTS: (8, "22.05_cat.jpg")}
+        assert len(data) == 6
+    write(tmp_path / "2.tar", {"1.input.jpg": png(1), "1.outputs.txt": "t"})
+    with pytest.raises(ValueError, match=r"got none; 2 names with a dot before their extension, the first '1\.input\.jpg'\. Check"):
+        read(tmp_path / "2.tar")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read(tmp_path / "2.tar", image_extensions=("input.jpg",), caption_extension="outputs.txt")) == 1
+        assert read(folder / "*.tar").passed_over == {"with the extension .json": (12, "000000000.json")}
+
+
+def test_kinds_of_other_members_are_few(tmp_path):
+    write(tmp_path / "x.tar", {"a.jpg": png(1), "a.txt": "x"} | {f"b.{k}": "x" for k in range(40)})
+    passed = read(tmp_path / "x.tar").passed_over
+    assert len(passed) == 17
+    assert passed["others"] == (24, "b.16")
+
+
+def test_an_archive_after_the_first_is_said(folder, tmp_path):
+    (tmp_path / "both.tar").write_bytes((folder / "00000.tar").read_bytes() + (folder / "00001.tar").read_bytes())
+    with pytest.warns(UserWarning, match=r"passed over 1 archives after the end of the first, the first .*both\.tar' \(tar stops"):
+        assert len(read(tmp_path / "both.tar")) == 4
+
+
+def test_an_index_of_before_what_is_passed_over_was_counted(folder, tmp_path, scanned):
+    index = tmp_path / "index.safetensors"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "save", lambda tensors, metadata: save(*without(tensors, metadata)))
+        read(folder / "*.tar", index=index)
+    scanned.clear()
+    assert read(folder / "*.tar", index=index).passed_over
+    assert len(scanned) == 3
+
+
+def without(tensors, metadata):
+    kept = {key: value for key, value in tensors.items() if not key.endswith(".passed")}
+    return kept, {**metadata, "checksum": module._checksum(kept, metadata)}
 
 
 def test_extensions(folder, tmp_path):
@@ -197,7 +253,10 @@ def test_extensions(folder, tmp_path):
     assert untokenize(read(tmp_path / "x.tar", caption_extension="cap", image_extensions=["jpg"])[0]["text"]) == "a"
     data = read(folder / "*.tar", json_key="alt")
     assert untokenize(data[5]["text"]) == "alt 1"
-    with pytest.raises(ValueError, match=r"^TarPairs: expected images and captions in .*x\.tar, got none\. Check the extensions"):
+    with pytest.raises(
+        ValueError,
+        match=r"^TarPairs: expected images and captions .*x\.tar, got none; 1 with the extension \.jpg, the first 'a\.JPG'",
+    ):
         read(tmp_path / "x.tar", image_extensions=("gif",), caption_extension="xyz")
     for options in ({"image_extensions": "jpg"}, {"image_extensions": (".jpg",)}, {"image_extensions": ()}, {"caption_extension": ""}):
         with pytest.raises(
@@ -224,8 +283,9 @@ def test_broken_samples(tmp_path):
     Image.effect_noise((64, 64), 90).convert("RGB").save(image, "JPEG")
     path = write(
         tmp_path / "x.tar",
-        {"whole.jpg": png(1), "whole.txt": "", "bare.jpg": png(1), "alone.txt": "x", "cut.jpg": image.getvalue()[:-600], "cut.txt": "x"}
-        | {"empty.jpg": b"", "empty.txt": "x", "page.jpg": "<html>", "page.txt": "x", "latin.jpg": png(1), "latin.txt": b"gr\xf6\xdfe"},
+        {"whole.jpg": png(1), "whole.txt": "w", "bare.jpg": png(1), "alone.txt": "x", "cut.jpg": image.getvalue()[:-600], "cut.txt": "x"}
+        | {"empty.jpg": b"", "empty.txt": "x", "page.jpg": "<html>", "page.txt": "x", "latin.jpg": png(1), "latin.txt": b"gr\xf6\xdfe"}
+        | {"blank.jpg": png(1), "blank.txt": " \n"},
     )
     reasons = {
         "bare": r"no \.txt member",
@@ -234,6 +294,7 @@ def test_broken_samples(tmp_path):
         "empty": "empty file",
         "page": "not an image that PIL knows",
         "latin": "caption that is not UTF-8",
+        "blank": "empty caption of 'x/blank'",
     }
     data = read(path)
     assert list(data.ids) == ["x/whole", *(f"x/{name}" for name in reasons)]
@@ -242,12 +303,14 @@ def test_broken_samples(tmp_path):
     for k, (name, reason) in enumerate(reasons.items(), 1):
         assert data[k].keys() == {"id", "broken"}
         assert data[k]["id"] == f"x/{name}"
-        with pytest.raises(ValueError, match=rf"^TarPairs: expected an image.*, got {path.with_suffix('')}.*/{name}: {reason}\. Repair it"):
+        with pytest.raises(ValueError, match=rf"^TarPairs: expected an? .*, got {path.with_suffix('')}.*/{name}: {reason}\. Repair it"):
             strict[k]
         assert data[k]["broken"].startswith(f"{path}/{name}: ")
     images, texts = read(path, modalities=("image",)), read(path, modalities=("text",))
-    assert ["broken" in sample for sample in images] == [False, False, True, True, True, True, False]
-    assert ["broken" in sample for sample in texts] == [False, True, False, False, False, False, True]
+    assert ["broken" in sample for sample in images] == [False, False, True, True, True, True, False, False]
+    assert ["broken" in sample for sample in texts] == [False, True, False, False, False, False, True, True]
+    assert data.lacking() == {"image": 1, "text": 1}
+    assert images.lacking() == {"image": 1}
 
 
 @pytest.mark.parametrize(
