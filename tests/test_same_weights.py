@@ -15,7 +15,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from geomreg import AverageVectorLoss, DiVE, Embeddings, CosineAnchor, Teacher, WeightedSum, backward
+from geomreg import AverageVectorLoss, CosineAnchor, DiVE, Embeddings, Teacher, WeightedSum, backward
 from geomreg import same_weights as module
 from geomreg.functional import average_vector_loss
 

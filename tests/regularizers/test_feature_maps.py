@@ -113,3 +113,31 @@ def test_bad_axis_and_eps():
             FeatureMapDistance(axis=axis)
     with pytest.raises(ValueError, match=r"^FeatureMapDistance: expected eps as a finite number > 0"):
         FeatureMapDistance(eps=0.0)
+
+
+@pytest.mark.parametrize("by", ["wrapper", "inner", "method", "function"])
+def test_model_that_was_compiled_before(by):
+    """Hooks that come later are skipped: the message says so, and what it advises works."""
+    torch._dynamo.reset()
+    model, batch = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)
+    if by == "method":
+        model.compile(backend="eager")
+    run = model if by == "method" else torch.compile(model if by != "function" else lambda x: model(x), backend="eager")
+    run(batch)
+    with FeatureMaps(run if by == "wrapper" else model, ["_orig_mod.0" if by == "wrapper" else "0"]) as maps:
+        run(batch)
+    with pytest.raises(RuntimeError, match=r"^FeatureMaps: expected an output of every layer, got none of 1\. torch\.compile skips hooks"):
+        _ = maps.values
+    with torch.compiler.set_stance("force_eager"), maps:
+        run(batch)
+    assert torch.equal(maps.values[0], model[0](batch))
+    torch._dynamo.reset()
+
+
+def test_model_that_did_not_run():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with FeatureMaps(nn.Sequential(nn.Linear(3, 4)), ["0"]) as maps:
+        pass
+    with pytest.raises(RuntimeError, match=r"got none of 1\. Run the model in the context\.$"):
+        _ = maps.values
