@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geomreg.same_weights import compare
 from geomreg.types import Embeddings
 
 __all__ = [
@@ -172,6 +173,7 @@ def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "", 
             f"{name}: expected {label}{other} embeddings without gradient, got a {other} that requires grad. "
             "Embed with geomreg.Teacher, under torch.no_grad(), or call .detach()."
         )
+    compare(student, teacher)
 
 
 def check_rows(name: str, embeddings: Tensor, minimum: int) -> None:

@@ -20,7 +20,7 @@ class WeightedSum(nn.Module):
     """Weighted sum of named regularizers; itself a regularizer. Use one per data source.
 
     Inputs beyond student and teacher are given by name, ``keep(student, teacher, logit_scale=...)``, and each term gets those
-    that it takes.
+    that it takes. Embed the student's batch without dropout and in the teacher's view, as :class:`geomreg.Teacher` explains.
 
     Args:
         terms: ``name=(weight, regularizer)``; the weight is a finite number >= 0, a schedule (a function of the step number such as

@@ -34,6 +34,7 @@ from geomreg.checks import (
 )
 from geomreg.metrics.distortion import DistortionBound
 from geomreg.metrics.procrustes import PARTS, ProcrustesParts
+from geomreg.metrics.results import Results
 from geomreg.metrics.rsa_pairs import directions
 from geomreg.metrics.tiles import squared_distances
 from geomreg.types import Embeddings
@@ -277,7 +278,7 @@ def decomposition_bars(parts: Mapping[str, ProcrustesParts], *, unit: str = "squ
     """What fine-tuning did to the space, one stacked bar a method: shares of the mean squared change, and the total beside it.
 
     Args:
-        parts: name to what :func:`geomreg.metrics.procrustes` returned.
+        parts: name to what :func:`geomreg.metrics.procrustes` or the metric returned.
         unit: of the totals.
 
     Raises:
@@ -293,7 +294,7 @@ def decomposition_bars(parts: Mapping[str, ProcrustesParts], *, unit: str = "squ
         >>> [text.get_text() for text in figure.axes[0].texts]  # of translation and scale; the total
         ['91', '9', '55', 'total, squared embedding units']
     """
-    name = "decomposition_bars"
+    name, parts = "decomposition_bars", _as_tuples(parts)
     check_named(name, "parts", parts, ProcrustesParts)
     for label, value in parts.items():
         check_all_finite(name, label, value)
@@ -324,7 +325,7 @@ def bound_against_measured(bounds: Mapping[str, DistortionBound], *, quantity: s
     """Measured distortion against what the difference vectors prove about it; the line between them is the slack.
 
     Args:
-        bounds: name to what :func:`geomreg.metrics.distortion_bound` returned.
+        bounds: name to what :func:`geomreg.metrics.distortion_bound` or the metric returned.
         quantity: ``"rsa"``, with its two lower bounds, or ``"distance"``: the root-mean-square change of a distance, with its upper bound.
         unit: of ``"distance"``; ``"1 − cosine"`` for bounds of that dissimilarity.
 
@@ -343,7 +344,7 @@ def bound_against_measured(bounds: Mapping[str, DistortionBound], *, quantity: s
         >>> figure.axes[0].get_xlabel()
         'RSA against the base model'
     """
-    name = "bound_against_measured"
+    name, bounds = "bound_against_measured", _as_tuples(bounds)
     check_named(name, "bounds", bounds, DistortionBound)
     check_option(name, "quantity", quantity, ("rsa", "distance"))
     for label, value in bounds.items():
@@ -408,6 +409,13 @@ def _rows_figure(names: list[str], height: float = 0.5) -> "tuple[Figure, Axes]"
     axes.tick_params(axis="x", labelsize=9)
     axes.tick_params(axis="y", length=0)
     return figure, axes
+
+
+def _as_tuples(values: Any) -> Any:
+    """Results of metric classes as those of the functions; what is no mapping is refused later."""
+    if not isinstance(values, Mapping):
+        return values
+    return {name: value.as_parts() if isinstance(value, Results) else value for name, value in values.items()}
 
 
 def _plain(name: str) -> str:

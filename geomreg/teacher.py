@@ -3,13 +3,14 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_count, check_fraction, check_modalities, check_returned, describe
+from geomreg.same_weights import Agreement, same_parameters
 from geomreg.schedules import Schedule
 from geomreg.types import Embeddings
 
@@ -29,6 +30,12 @@ class Teacher(nn.Module):
 
     :meth:`adapters_off`, :meth:`averaged` and :meth:`cached` build the other kinds; all are called alike, and :meth:`step` may be
     called on each after every optimizer step.
+
+    A student in training mode with dropout, drop path or patch dropout does not agree with its teacher even before it has moved: every
+    term starts far from 0 and fits that noise. Embed the batch of the terms with ``student.eval()`` (gradients flow all the same), or set
+    the rates to 0; the batch of the task may keep its dropout. Another view of the batch, other preprocessing and another precision do
+    the same. The first term that compares embeddings of a student that still has the weights of this teacher warns of it, once; a student
+    that is another model, or has moved, is left alone, and so are cached teachers and weights that are sharded over processes.
 
     Args:
         model: any ``nn.Module``; copied, never changed.
@@ -54,6 +61,7 @@ class Teacher(nn.Module):
         _check_independent(model, frozen)
         self.encode = encode
         self._held = (frozen.eval().requires_grad_(False),)  # in a tuple, so that nn.Module does not register it
+        self._agreement = Agreement(model, self._agrees)
         super().train(False)
 
     @property
@@ -75,8 +83,10 @@ class Teacher(nn.Module):
             encode: as for the constructor.
 
         Raises:
-            ValueError: no adapters, merged adapters, adapters on attention; and what would move with the student: weights beside the
-                adapters that require grad, PEFT's ``modules_to_save``, running statistics of a batch normalisation.
+            ValueError: no adapters, merged adapters, adapters on attention; adapters that never run, because their owner reads the weight
+                without calling the layer, as ``nn.MultiheadAttention`` does with ``out_proj`` (said in the first call where only running
+                it can tell); and what would move with the student: weights beside the adapters that require grad, PEFT's
+                ``modules_to_save``, running statistics of a batch normalisation.
         """
         return _AdaptersOff(model, encode)
 
@@ -150,7 +160,13 @@ class Teacher(nn.Module):
 
     def forward(self, batch: Any) -> Embeddings:
         with torch.no_grad():
-            return check_returned("Teacher", self.encode(self.model, batch))
+            embeddings = check_returned("Teacher", self.encode(self.model, batch))
+        self._agreement.mark(embeddings)
+        return embeddings
+
+    def _agrees(self, student: nn.Module) -> bool:
+        """Whether both embed alike, by their weights."""
+        return same_parameters(student, self.model)
 
     def train(self, mode: bool = True) -> "Teacher":
         """Changes nothing: a teacher stays in evaluation mode."""
@@ -204,8 +220,11 @@ class _AdaptersOff(Teacher):
                     f"Teacher: expected a model of which only adapters are trained, got {type(module).__name__} at {name!r}, whose "
                     "trained copy or running statistics the teacher would share. Use a frozen copy, Teacher(model, encode)."
                 )
+        _check_not_passed_over(model, adapters)
         self.encode = encode
         self._held = (model,)
+        self._agreement = Agreement(model, self._agrees)
+        self._ran = False  # adapters were seen to run
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         adapters = _adapters(self.model)
@@ -216,9 +235,19 @@ class _AdaptersOff(Teacher):
                 yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), value
 
     def forward(self, batch: Any) -> Embeddings:
-        with _restored(self.model), _switched_off(_adapters(self.model)):
+        adapters = _adapters(self.model)
+        with _restored(self.model), _switched_off(adapters), nullcontext() if self._ran else _seen_to_run(self.model, adapters):
             self.model.eval()
-            return super().forward(batch)
+            embeddings = super().forward(batch)
+        self._ran = True
+        return embeddings
+
+    def _agrees(self, student: nn.Module) -> bool:
+        """LoRA as it begins: its second matrix is 0 in every layer."""
+        second = [value for name, value in student.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+        if len(second) < len(_adapters(student)) or any(hasattr(value, "to_local") or value.is_meta for value in second):
+            return False
+        return not any(bool(value.detach().any()) for value in second)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
         return self  # the student moves by itself
@@ -229,26 +258,56 @@ def _adapters(model: nn.Module) -> list[nn.Module]:
     found = [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "base_layer")]
     if not found:
         raise ValueError("Teacher: expected a model with PEFT adapters, got none. Add them first, or use Teacher(model, encode).")
-    unused = {
-        id(child): f"{name}.{part}".lstrip(".")
-        for name, owner in model.named_modules()
-        if isinstance(owner, nn.MultiheadAttention)
-        for part, child in owner.named_children()
-    }
     for module in found:
         if isinstance(_base_layer(module), nn.MultiheadAttention):
             raise ValueError(
                 "Teacher: expected adapters on layers that can be switched off exactly, got one on nn.MultiheadAttention. "
                 "Use a frozen copy, Teacher(model, encode)."
             )
-        if id(module) in unused:
-            raise ValueError(
-                f"Teacher: expected adapters that run, got one at {unused[id(module)]!r}: nn.MultiheadAttention reads the weight of its "
-                "out_proj and never calls it, so the adapter changes nothing. Put adapters on the MLP layers."
-            )
         if getattr(module, "merged", False):
             raise ValueError("Teacher: expected adapters beside their weights, got merged ones. Call unmerge_adapter() first.")
     return found
+
+
+def _check_not_passed_over(model: nn.Module, adapters: list[nn.Module]) -> None:
+    """``nn.MultiheadAttention`` reads the weight of its ``out_proj`` and never calls it."""
+    known = {id(adapter) for adapter in adapters}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for inner, part in module.named_modules():
+                if id(part) in known:
+                    raise _never_runs(f"{name}.{inner}".strip("."), "nn.MultiheadAttention")
+
+
+@contextmanager
+def _seen_to_run(model: nn.Module, adapters: list[nn.Module]) -> Iterator[None]:
+    """Refuses adapters none of which ran although modules that have them did: those read the weights alone."""
+    names = {id(module): name for name, module in model.named_modules()}
+    owners = [model.get_submodule(names[id(adapter)].rpartition(".")[0]) for adapter in adapters]
+    ran: set[int] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda called, _: ran.add(id(called)))
+        for module in {id(one): one for one in (*adapters, *owners)}.values()
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it reads weights in evaluation mode alone
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+    passed_over = [(a, owner) for a, owner in zip(adapters, owners, strict=True) if id(owner) in ran]
+    if passed_over and not any(id(adapter) in ran for adapter in adapters):
+        adapter, owner = passed_over[0]
+        raise _never_runs(names[id(adapter)], type(owner).__name__)
+
+
+def _never_runs(name: str, owner: str) -> ValueError:
+    return ValueError(
+        f"Teacher: expected adapters that run, got one at {name!r}, of which {owner} reads the weight without calling it: student and "
+        "teacher would stay equal for ever. Put adapters on other layers."
+    )
 
 
 def _base_layer(adapter: nn.Module) -> nn.Module:

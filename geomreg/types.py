@@ -35,6 +35,9 @@ class Terms(NamedTuple):
 class Regularizer(Protocol):
     """What a training loop may rely on; any ``nn.Module`` of this shape is a regularizer.
 
+    One that compares with a teacher is at its least where both embed a batch alike. A student in training mode with dropout, or that sees
+    another view, does not, whatever its weights: embed the batch of the terms with ``student.eval()``, in the teacher's view.
+
     A term that takes more than embeddings names it in a class attribute ``inputs`` (needed) or ``optional_inputs``: ``logit_scale``,
     ``logit_bias``, ``labels``, ``texts`` (a bank of constant embeddings), ``previous`` (a second teacher), ``feature_maps`` and
     ``teacher_feature_maps``; they are keyword arguments of the call. One whose value is a mean over samples may say so in an attribute

@@ -18,7 +18,7 @@ from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
 from geomreg import Embeddings, plots
-from geomreg.metrics import DistortionBound, ProcrustesParts, distortion_bound, procrustes
+from geomreg.metrics import Distortion, DistortionBound, Procrustes, ProcrustesParts, distortion_bound, procrustes
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -581,3 +581,17 @@ REFUSED = {  # the function is the first word of each key
 def test_refuses(name, call, error, message):
     with pytest.raises(error, match=rf"^{name}: expected .*{message}.*\.$"):
         call()
+
+
+def test_results_of_metric_classes():
+    """Dictionaries of the classes as the named tuples of the functions."""
+    points = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    for kind, function, draw in (
+        (Procrustes, procrustes, plots.decomposition_bars),
+        (Distortion, distortion_bound, plots.bound_against_measured),
+    ):
+        metric = kind()
+        metric.update(Embeddings(image=points.square()), Embeddings(image=points))
+        drawn = [draw({"run": result}) for result in (metric.compute(), function(points.square(), points))]
+        texts = [[text.get_text() for text in figure.axes[0].texts] for figure in drawn]
+        assert texts[0] == texts[1]

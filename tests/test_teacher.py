@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from golden_cases import case
-from torch import nn
+from torch import Tensor, nn
 
 from geomreg import DiVE, Embeddings, FeatureDistillation, Teacher
 from geomreg.schedules import Linear
@@ -447,9 +447,54 @@ def test_adapters_on_attention_are_refused():
         Teacher.adapters_off(model, encode)
 
 
-def test_adapters_that_never_run_are_refused():
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
-    config = peft.LoraConfig(r=2, target_modules=["0.linear1", "0.self_attn.out_proj"])
-    model = peft.inject_adapter_in_model(config, model)
-    with pytest.raises(ValueError, match=r"^Teacher: expected adapters that run, got one at '0.self_attn.out_proj': nn.MultiheadAttention"):
-        Teacher.adapters_off(model, encode)
+class ReadsTheWeight(nn.Module):
+    """As some vision transformers do with their ``qkv``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.out(nn.functional.linear(batch, self.qkv.weight, self.qkv.bias))
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.out(self.attention(batch, batch, batch)[0])
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], ["out_proj", "out"]])
+def test_adapters_that_attention_passes_over_are_refused_at_once(targets):
+    """Student and teacher would be equal for ever; with adapters elsewhere these alone would never learn."""
+    model = peft.get_peft_model(nn.Sequential(Attending()), peft.LoraConfig(target_modules=targets, r=2))
+    with pytest.raises(ValueError, match=r"^Teacher: expected adapters that run, got one at '.*attention\.out_proj', of which nn\.Mult"):
+        Teacher.adapters_off(model, lambda model, batch: Embeddings(image=model(batch)))
+
+
+def test_adapters_that_never_run_are_refused_in_the_first_call():
+    encode = lambda model, batch: Embeddings(image=model(batch))  # noqa: E731
+    batch = torch.randn(3, 4)
+    teacher = Teacher.adapters_off(peft.get_peft_model(ReadsTheWeight(), peft.LoraConfig(target_modules=["qkv"], r=2)), encode)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ValueError, match=r"^Teacher: expected adapters that run, got one at '.*qkv', of which ReadsTheWeight reads"):
+            teacher(batch)
+    assert not any(module._forward_pre_hooks for module in teacher.model.modules())
+    assert torch.backends.mha.get_fastpath_enabled()
+    both = Teacher.adapters_off(peft.get_peft_model(ReadsTheWeight(), peft.LoraConfig(target_modules=["qkv", "out"], r=2)), encode)
+    assert both(batch).image.shape == (3, 4)
+
+
+@pytest.mark.parametrize("first", ["image", "text"])
+def test_adapters_of_a_tower_that_a_batch_does_not_use(first):
+    """A layer that PyTorch runs by a fast path in evaluation mode, too."""
+    towers = nn.ModuleDict({"image": nn.TransformerEncoderLayer(4, 2, 8), "text": nn.TransformerEncoderLayer(4, 2, 8)})
+    model = peft.get_peft_model(towers, peft.LoraConfig(target_modules=["image.linear1", "text.linear1"], r=2))
+    layers = model.base_model.model
+    teacher = Teacher.adapters_off(model, lambda model, batch: Embeddings(**{key: layers[key](value) for key, value in batch.items()}))
+    for key in (first, "image", "text"):
+        assert getattr(teacher({key: torch.randn(3, 4)}), key).shape == (3, 4)

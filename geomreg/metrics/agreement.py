@@ -8,6 +8,7 @@ from torch import Tensor
 from geomreg.checks import check_directions, check_same_samples
 from geomreg.metrics.base import MomentsMetric
 from geomreg.metrics.moments import Moments
+from geomreg.metrics.results import Results
 from geomreg.metrics.tiles import ROWS, squared_distances
 
 __all__ = ["ZeroShotAgreement", "ZeroShotBound", "zero_shot_bound"]
@@ -124,6 +125,12 @@ def _bound(decisions: Tensor, shifts: Moments, heads: tuple[Tensor, Tensor]) -> 
     return ZeroShotBound(agreement.mean(), certified.mean(), (1 - turned.min()).clamp(min=0))
 
 
+class ZeroShotResults(Results):
+    """:class:`ZeroShotBound` as a dictionary."""
+
+    parts = ZeroShotBound
+
+
 class ZeroShotAgreement(MomentsMetric):
     """Metric form of :func:`zero_shot_bound`; exact over batches and processes, with three numbers of state a sample.
 
@@ -134,6 +141,10 @@ class ZeroShotAgreement(MomentsMetric):
     ``update(student, teacher)`` takes :class:`~geomreg.Embeddings`, of which the images count.
     """
 
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    results = ZeroShotResults
     same_width = True
     modalities = ("image",)
     decisions: list[Tensor]
@@ -160,9 +171,9 @@ class ZeroShotAgreement(MomentsMetric):
         f, p = (check_directions("ZeroShotAgreement", label, value) for label, value in (("student", student), ("teacher", teacher)))
         return Moments.of(f - p)
 
-    def compute(self) -> ZeroShotBound:
-        """:class:`ZeroShotBound` over everything collected."""
+    def compute(self) -> Results:
+        """The entries of :class:`ZeroShotBound` over everything collected, by name."""
         self._check_ids()
         shifts = self._collected()
         decisions = self._joined("decisions", 1)
-        return _bound(decisions.reshape(-1, 3), shifts, (self.student_heads, self.teacher_heads))
+        return ZeroShotResults(_bound(decisions.reshape(-1, 3), shifts, (self.student_heads, self.teacher_heads))._asdict())

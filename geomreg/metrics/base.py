@@ -1,8 +1,9 @@
 """What the metric classes have in common: how they collect, over batches and processes."""
 
 import copy
+import functools
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from geomreg.checks import (
     check_updated,
 )
 from geomreg.metrics.moments import Moments, collected
+from geomreg.metrics.results import Results
 from geomreg.types import Embeddings
 
 __all__ = ["EmbeddingMetric", "MomentsMetric", "PairedMetric"]
@@ -28,6 +30,9 @@ class EmbeddingMetric(Metric):
     """A metric whose states are lists of flat fp64 vectors.
 
     Flat and fp64, because a process without samples offers an empty vector where the others have rows of a width that it does not know.
+    They stay fp64 under ``set_dtype`` and ``to``, which move a metric to another device alone: records hold counts, widths and ids, which
+    narrower numbers would spoil. A subclass says ``higher_is_better``, and names its :class:`~geomreg.metrics.results.Results` if its
+    ``compute`` returns several numbers.
 
     Args:
         states: their names.
@@ -37,19 +42,24 @@ class EmbeddingMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
+    results: type[Results] | None = None
+    options: Tensor
+    _in_call = False
 
     def __init__(self, states: Sequence[str], options: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.set_dtype(torch.float64)  # of the empty states of a process without samples
+        super().set_dtype(torch.float64)  # of the empty states of a process without samples
         for state in states:
             self.add_state(state, default=[], dist_reduce_fx="cat")
         letters = torch.tensor(list("/".join((type(self).__name__, *options)).encode()), dtype=torch.float64)
         self.add_state("options", default=letters, dist_reduce_fx="max")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The value of this batch alone, which is added to those before. What raises adds nothing and loses nothing."""
+        """The value of this batch alone, which is added to those before. It is NaN where so few samples have none, as in a last batch of
+        one row; ``compute`` raises if all that was collected has none. What raises here adds nothing and loses nothing."""
         before, count = {name: copy.copy(getattr(self, name)) for name in self._defaults}, self._update_count
         on_cpu = self.compute_on_cpu
+        self._in_call = True
         try:
             return super().forward(*args, **kwargs)
         except BaseException:  # Ctrl-C too
@@ -58,9 +68,76 @@ class EmbeddingMetric(Metric):
             self._update_count, self._computed, self._enable_grad, self.compute_on_cpu = count, None, False, on_cpu
             self._is_synced, self._should_unsync, self._to_sync = False, True, self.sync_on_compute
             raise
+        finally:
+            self._in_call = False
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What torchmetrics makes of a class's ``compute``; in a call NaN instead of an error, and states of its own after an error."""
+
+        @functools.wraps(compute)
+        def defined(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compute(*args, **kwargs)
+            except ValueError:
+                if not self._in_call:
+                    raise
+                return self._undefined()
+
+        wrapped = super()._wrap_compute(defined)
+
+        @functools.wraps(compute)
+        def restored(*args: Any, **kwargs: Any) -> Any:
+            synced = self._is_synced
+            try:
+                return wrapped(*args, **kwargs)
+            except BaseException:
+                if self._is_synced and not synced:
+                    self.unsync()
+                raise
+
+        return restored
+
+    def _undefined(self) -> Tensor | Results:
+        if self.results is not None:
+            return self.results.undefined(self.device)
+        return torch.full((), torch.nan, dtype=torch.float64, device=self.device)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw a result, or a list of results as a series; of ``compute()`` without one. Returns matplotlib's figure and axes."""
+        return self._plot(val, ax)
+
+    def reset(self) -> None:
+        """Forget all samples; in lists of its own, since torchmetrics' ``Running`` still holds those of before."""
+        for state, default in self._defaults.items():
+            if isinstance(default, list):
+                setattr(self, state, [])
+        super().reset()
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> "EmbeddingMetric":
+        """Changes nothing: states and results are fp64."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        places: list[dict[str, Any]] = [self.__dict__, self._defaults, self._buffers]
+        names = [tuple(self._defaults), tuple(self._defaults), tuple(self._buffers)]
+        exact = [{name: place[name] for name in some} for place, some in zip(places, names, strict=True)]
+        super()._apply(fn, exclude_state)
+        for place, values in zip(places, exact, strict=True):
+            place.update({name: _moved_alone(value, place[name]) for name, value in values.items()})
+        self._dtype, self._computed = torch.float64, None
+        return self
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric of the same options collected."""
+        super().merge_state(incoming_state)
+        self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        options = incoming_state.get("options", self.options)
+        if options.shape != self.options.shape or not bool((options == self.options.to(options)).all()):
+            raise ValueError(f"{type(self).__name__}: expected the state of a metric with the same options, got another's. Build it alike.")
         super()._reduce_states(incoming_state)  # of torchmetrics: puts list states one behind the other
+        self._computed = None
         self._merge()
 
     def _merge(self) -> None:
@@ -189,6 +266,13 @@ class MomentsMetric(PairedMetric):
         """Of all batches, of this or of all processes."""
         state = [*self.moments, *(one.record() for one in more)] if isinstance(self.moments, list) else self.moments
         return collected(type(self).__name__, state, minimum)
+
+
+def _moved_alone(before: Any, after: Any) -> Any:
+    """Numbers as they were, on the device where they are now."""
+    if isinstance(before, list):
+        return [_moved_alone(one, two) for one, two in zip(before, after, strict=True)]
+    return after if not isinstance(before, Tensor) or before.dtype == after.dtype else before.to(after.device)
 
 
 def _packed(rows: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ class LinearCKA(MomentsMetric):
     """
 
     higher_is_better = True
+    plot_upper_bound = 1.0
 
     def __init__(self, *, modality: str = "image", unbiased: bool = False, **kwargs: Any) -> None:
         check_option("LinearCKA", "unbiased", unbiased, (False, True))

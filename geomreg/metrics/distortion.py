@@ -9,6 +9,7 @@ from torch import Tensor
 from geomreg.checks import check_count, check_directions, check_distances_differ, check_option, check_samples, check_size
 from geomreg.metrics.base import PairedMetric
 from geomreg.metrics.moments import Moments
+from geomreg.metrics.results import Results
 from geomreg.metrics.tiles import pair_distances
 
 __all__ = ["Distortion", "DistortionBound", "distortion_bound"]
@@ -159,6 +160,12 @@ def _pairs(name: str, f: Tensor, p: Tensor, shifts: tuple[Tensor, ...]) -> tuple
     return pairs[0], bounds / pairs[0].rows
 
 
+class DistortionResults(Results):
+    """:class:`DistortionBound` as a dictionary."""
+
+    parts = DistortionBound
+
+
 class Distortion(PairedMetric):
     """Metric form of :func:`distortion_bound`: collects embeddings over batches and processes.
 
@@ -166,8 +173,12 @@ class Distortion(PairedMetric):
         modality: ``"image"``, ``"text"`` or ``"stacked"``.
         dissimilarity: see :func:`distortion_bound`.
         max_samples: more rows than this raise in ``compute``: time grows with their square.
+
+    ``higher_is_better`` is that of ``distance_change``; of the RSA and its bounds more is better.
     """
 
+    higher_is_better = False
+    results = DistortionResults
     same_width = True
     student: list[Tensor]
     teacher: list[Tensor]
@@ -181,8 +192,8 @@ class Distortion(PairedMetric):
     def _add(self, student: Tensor, teacher: Tensor) -> None:
         self._keep(student=student, teacher=teacher)
 
-    def compute(self) -> DistortionBound:
-        """:class:`DistortionBound` over everything collected."""
+    def compute(self) -> Results:
+        """The entries of :class:`DistortionBound` over everything collected, by name."""
         self._check_ids()
         one, two = self._kept("student", "teacher", minimum=3, max_samples=self.max_samples)
-        return distortion_bound(one, two, dissimilarity=self.dissimilarity)
+        return DistortionResults(distortion_bound(one, two, dissimilarity=self.dissimilarity)._asdict())

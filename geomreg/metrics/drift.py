@@ -8,6 +8,7 @@ from torch import Tensor
 from geomreg.checks import check_same_samples
 from geomreg.metrics.base import MomentsMetric
 from geomreg.metrics.moments import Moments
+from geomreg.metrics.results import Results
 
 __all__ = ["Drift", "DriftParts", "drift"]
 
@@ -91,6 +92,12 @@ def _effective_rank(scatter: Tensor) -> Tensor:
     return entropy.exp()
 
 
+class DriftResults(Results):
+    """:class:`DriftParts` as a dictionary."""
+
+    parts = DriftParts
+
+
 class Drift(MomentsMetric):
     """Metric form of :func:`drift`; exact over batches and processes, with O(D^2) numbers of state.
 
@@ -99,6 +106,7 @@ class Drift(MomentsMetric):
     """
 
     higher_is_better = False
+    results = DriftResults
     same_width = True
 
     def __init__(self, *, modality: str = "image", **kwargs: Any) -> None:
@@ -107,7 +115,7 @@ class Drift(MomentsMetric):
     def _moments(self, student: Tensor, teacher: Tensor) -> Moments:
         return _moments(student, teacher)
 
-    def compute(self) -> DriftParts:
-        """:class:`DriftParts` over everything collected."""
+    def compute(self) -> Results:
+        """The entries of :class:`DriftParts` over everything collected, by name."""
         self._check_ids()
-        return _parts(self._collected(minimum=3))
+        return DriftResults(_parts(self._collected(minimum=3))._asdict())

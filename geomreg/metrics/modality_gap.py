@@ -73,12 +73,15 @@ def _gap(records: Tensor) -> Tensor:
 class ModalityGap(EmbeddingMetric):
     """Metric form of :func:`modality_gap` of one model; exact over batches and processes, with O(D) numbers of state.
 
-    ``update(embeddings)`` takes :class:`~geomreg.Embeddings` with both modalities; they need not be equally many.
+    ``update(embeddings)`` takes :class:`~geomreg.Embeddings` with both modalities; they need not be equally many. ``higher_is_better`` is
+    False, for wrappers that want a direction; whether a smaller gap is better depends on the task.
 
     Args:
         normalize: see :func:`modality_gap`.
     """
 
+    higher_is_better = False
+    plot_lower_bound = 0.0
     sums: list[Tensor]
 
     def __init__(self, *, normalize: bool = True, **kwargs: Any) -> None:

@@ -105,6 +105,8 @@ class MutualKNN(PairedMetric):
     """
 
     higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     student: list[Tensor]
     teacher: list[Tensor]
 

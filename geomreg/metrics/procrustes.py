@@ -8,6 +8,7 @@ from torch import Tensor
 from geomreg.checks import check_collapse, check_same_samples
 from geomreg.metrics.base import MomentsMetric
 from geomreg.metrics.moments import Moments
+from geomreg.metrics.results import Results
 
 __all__ = ["Procrustes", "ProcrustesParts", "procrustes"]
 
@@ -114,6 +115,12 @@ def _parts(name: str, moments: Moments) -> ProcrustesParts:
     return ProcrustesParts(translation + dispersion, translation, rotation, scale, left - scale, (1 + growth / before).clamp(min=0))
 
 
+class ProcrustesResults(Results):
+    """:class:`ProcrustesParts` as a dictionary."""
+
+    parts = ProcrustesParts
+
+
 class Procrustes(MomentsMetric):
     """Metric form of :func:`procrustes`; exact over batches and processes, with O(D^2) numbers of state.
 
@@ -121,6 +128,9 @@ class Procrustes(MomentsMetric):
         modality: ``"image"``, ``"text"``, or ``"stacked"`` (one translation, rotation and factor for images and texts).
     """
 
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    results = ProcrustesResults
     same_width = True
 
     def __init__(self, *, modality: str = "image", **kwargs: Any) -> None:
@@ -129,7 +139,7 @@ class Procrustes(MomentsMetric):
     def _moments(self, student: Tensor, teacher: Tensor) -> Moments:
         return _moments(student, teacher)
 
-    def compute(self) -> ProcrustesParts:
-        """:class:`ProcrustesParts` over everything collected."""
+    def compute(self) -> Results:
+        """The entries of :class:`ProcrustesParts` over everything collected, by name."""
         self._check_ids()
-        return _parts("Procrustes", self._collected(minimum=3))
+        return ProcrustesResults(_parts("Procrustes", self._collected(minimum=3))._asdict())

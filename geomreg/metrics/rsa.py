@@ -17,7 +17,8 @@ from geomreg.checks import (
     check_tensors_or_embeddings,
 )
 from geomreg.metrics.base import PairedMetric
-from geomreg.metrics.rsa_bootstrap import RSAInterval, interval_of
+from geomreg.metrics.results import Results
+from geomreg.metrics.rsa_bootstrap import RSAInterval, in_order, interval_of
 from geomreg.metrics.rsa_moments import CLOSED, Moments, closed_sums, precise
 from geomreg.metrics.rsa_pairs import Pairs, Space
 from geomreg.metrics.rsa_ranks import BoundedRSA, by_histogram, ranks
@@ -172,6 +173,10 @@ def rsa_interval(
     Raises:
         TypeError, ValueError: as :func:`rsa`; more pairs than that under Spearman; most resamples undefined.
 
+    Invariances:
+        Permutation of samples: draws are of samples in the order of their numbers, whatever order they come in, bit for bit but for
+        ``value``.
+
     Reference:
         Nili et al., A toolbox for representational similarity analysis, PLOS Computational Biology 2014 (bootstrap over conditions);
         pairs of a condition with itself left out as in rsatoolbox: Schuett et al., Statistical inference on representational
@@ -182,11 +187,14 @@ def rsa_interval(
     check_count(name, "resamples", resamples, 1)
     value, _ = _score(name, student, teacher, dissimilarity, correlation, modality, "auto")
     one, two = (check_tensors_or_embeddings(name, rows, modality) for rows in (student, teacher))
+    parts = 2 if modality in ("stacked", "cross-modal") else 1
+    order = in_order(torch.cat([part.detach().double() for rows in (one, two) for part in rows.chunk(parts)], dim=1))
+    one, two = (torch.cat([part[order] for part in rows.chunk(parts)]) for rows in (one, two))
     pairs = _pairs(name, one, two, dissimilarity, modality)
     if correlation == "spearman" and pairs.number > SORTED:
         raise ValueError(f"{name}: expected at most {SORTED} pairs for a Spearman interval, got {pairs.number}. Take a subset, or Pearson.")
     return interval_of(
-        name, pairs, value, parts=2 if modality in ("stacked", "cross-modal") else 1, spearman=correlation == "spearman",
+        name, pairs, value, parts=parts, spearman=correlation == "spearman",
         level=level, resamples=resamples, seed=seed, closed=(one, two, dissimilarity) if modality in (None, "image", "text") else None,
     )  # fmt: skip
 
@@ -243,6 +251,12 @@ def pearson(name: str, one: Tensor, two: Tensor) -> Tensor:
     return torch.dot(deviations[0], deviations[1]).clamp(-1, 1)
 
 
+class RSAResults(Results):
+    """:class:`RSAInterval` as a dictionary."""
+
+    parts = RSAInterval
+
+
 class RSA(PairedMetric):
     """Metric form of :func:`rsa` or, with ``level``, of :func:`rsa_interval`: collects embeddings over batches and processes.
 
@@ -266,6 +280,8 @@ class RSA(PairedMetric):
     """
 
     higher_is_better = True
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
     modalities = MODALITIES
     student: list[Tensor]
     teacher: list[Tensor]
@@ -298,6 +314,7 @@ class RSA(PairedMetric):
         streams = correlation == "pearson" and dissimilarity in CLOSED and method == "auto" and level is None and not keep_rows
         states, options = (("moments",), (dissimilarity,)) if streams else (("student", "teacher"), ())
         super().__init__(modality, states, options, **kwargs)
+        self.results = None if level is None else RSAResults
         self.dissimilarity, self.correlation, self.method = dissimilarity, correlation, method
         self.level, self.resamples, self.seed, self.max_samples, self.streams = level, resamples, seed, max_samples, streams
 
@@ -333,8 +350,8 @@ class RSA(PairedMetric):
             total = [old.plus(new) for old, new in zip(total, sets[start : start + step], strict=True)]
         return total
 
-    def compute(self) -> Tensor | RSAInterval:
-        """0-d fp64 tensor, or :class:`RSAInterval` with ``level``."""
+    def compute(self) -> Tensor | Results:
+        """0-d fp64 tensor, or with ``level`` the entries of :class:`RSAInterval` by name."""
         self._check_ids()
         if self.streams:
             return self._streamed()
@@ -344,13 +361,12 @@ class RSA(PairedMetric):
         one, two = (Embeddings(*rows.chunk(2, dim=1)) for rows in (student, teacher))
         return self._scored(one, two, self.modality)
 
-    def _scored(self, student: Tensor | Embeddings, teacher: Tensor | Embeddings, modality: str | None) -> Tensor | RSAInterval:
+    def _scored(self, student: Tensor | Embeddings, teacher: Tensor | Embeddings, modality: str | None) -> Tensor | Results:
         kinds = {"dissimilarity": self.dissimilarity, "correlation": self.correlation}
         if self.level is None:
             return rsa(student, teacher, **kinds, modality=modality, method=self.method)
-        return rsa_interval(
-            student, teacher, **kinds, modality=modality, level=self.level, resamples=self.resamples, seed=self.seed
-        )  # fmt: skip
+        options = {"level": self.level, "resamples": self.resamples, "seed": self.seed}
+        return RSAResults(rsa_interval(student, teacher, **kinds, modality=modality, **options)._asdict())  # type: ignore[arg-type]
 
     def _streamed(self) -> Tensor:
         total = self._total()

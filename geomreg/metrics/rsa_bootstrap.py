@@ -44,6 +44,24 @@ def drawn(samples: int, resamples: int, seed: int) -> Tensor:
     return counts
 
 
+def in_order(rows: Tensor) -> Tensor:
+    """``(N,)``: the numbers of the rows of ``(N, W)`` by their first entry, equal ones by their second, and so on.
+
+    Draws are of samples in this order, so that an interval depends on the samples, not on the batches or processes they came in.
+    """
+    place = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    order = place
+    for column in rows.T:
+        order = column.argsort(stable=True)
+        order = order[place[order].argsort(stable=True)]
+        new = (place[order].diff() != 0) | (column[order].diff() != 0)
+        ranks_in_order = torch.cat([place.new_zeros(1), new.long().cumsum(0)])
+        place = torch.empty_like(place).scatter_(0, order, ranks_in_order)
+        if int(ranks_in_order[-1]) == len(rows) - 1:
+            break
+    return order
+
+
 def interval_of(
     name: str, pairs: Pairs, value: Tensor, *, parts: int, spearman: bool, level: float, resamples: int, seed: int,
     closed: tuple[Tensor, Tensor, str] | None,

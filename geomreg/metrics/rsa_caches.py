@@ -7,6 +7,7 @@ from torch import Tensor
 
 from geomreg.cache import EmbeddingCache
 from geomreg.checks import check_common_ids, check_count, check_option, describe
+from geomreg.metrics.results import Results
 from geomreg.metrics.rsa import MODALITIES, RSA
 from geomreg.metrics.rsa_bootstrap import RSAInterval
 from geomreg.types import Embeddings
@@ -72,5 +73,5 @@ def rsa_of_caches(
     for start in range(0, len(known), batch_size):
         some = known[start : start + batch_size]
         metric.update(student(some, fields), teacher(some, fields))
-    result: Tensor | RSAInterval = metric.compute()
-    return result
+    result = metric.compute()
+    return result.as_parts() if isinstance(result, Results) else result

@@ -16,6 +16,7 @@ from geomreg.checks import (
     check_student,
 )
 from geomreg.metrics.base import EmbeddingMetric
+from geomreg.metrics.results import Results
 from geomreg.metrics.tiles import pair_distances, row_blocks, squared_distances
 from geomreg.types import Embeddings
 
@@ -135,6 +136,12 @@ class AlignmentUniformityParts(NamedTuple):
     cross: Tensor
 
 
+class AlignmentUniformityResults(Results):
+    """:class:`AlignmentUniformityParts` as a dictionary."""
+
+    parts = AlignmentUniformityParts
+
+
 class AlignmentUniformity(EmbeddingMetric):
     """Metric form of :func:`alignment` and :func:`uniformity` of one model: collects pairs over batches and processes.
 
@@ -147,6 +154,8 @@ class AlignmentUniformity(EmbeddingMetric):
         max_samples: more pairs than this raise in ``compute``: time grows with their square.
     """
 
+    higher_is_better = False
+    results = AlignmentUniformityResults
     image: list[Tensor]
     text: list[Tensor]
 
@@ -164,12 +173,13 @@ class AlignmentUniformity(EmbeddingMetric):
         check_same_samples("AlignmentUniformity", ("image", "text"), (image, text), minimum=1, same_width=True)
         self._keep(image=image, text=text)
 
-    def compute(self) -> AlignmentUniformityParts:
-        """:class:`AlignmentUniformityParts` over everything collected."""
+    def compute(self) -> Results:
+        """The entries of :class:`AlignmentUniformityParts` over everything collected, by name."""
         image, text = self._kept("image", "text", minimum=2, max_samples=self.max_samples)
-        return AlignmentUniformityParts(
+        parts = AlignmentUniformityParts(
             alignment(image, text, alpha=self.alpha, normalize=self.normalize),
             uniformity(image, t=self.t, normalize=self.normalize),
             uniformity(text, t=self.t, normalize=self.normalize),
             uniformity(image, text, t=self.t, normalize=self.normalize),
         )
+        return AlignmentUniformityResults(parts._asdict())

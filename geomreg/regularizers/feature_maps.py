@@ -1,5 +1,6 @@
 """Feature maps of several layers stay where the frozen model has them (LDIFS, arXiv 2308.13320)."""
 
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, ClassVar
@@ -71,9 +72,8 @@ class FeatureMaps:
     """Collects the outputs of some layers of a model while a context is open.
 
     Args:
-        model: any ``nn.Module``. An output that a later layer changes in place is seen changed. A compiled model that has run before
-            gives no outputs, since ``torch.compile`` skips hooks that are added later: run it under
-            ``torch.compiler.set_stance("force_eager")``.
+        model: any ``nn.Module``. An output that a later layer changes in place is seen changed. Run it uncompiled: code that torch.compile
+            made before the context was opened passes hooks over.
         layers: names as in ``model.named_modules()``; LDIFS takes ``ln_pre`` and blocks 3, 6, 9 and 12 of a ViT.
 
     Example:
@@ -87,7 +87,7 @@ class FeatureMaps:
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         check_module("FeatureMaps", "model", model)
-        known = dict(model.named_modules())
+        self._model, known = model, dict(model.named_modules())
         self._modules = [known[layer] for layer in check_layers("FeatureMaps", layers, known)]
         self._found: dict[int, Tensor] = {}
         self._handles: list[Any] = []
@@ -97,11 +97,13 @@ class FeatureMaps:
         """The last output of each layer, in the order of ``layers``."""
         missing = [k for k in range(len(self._modules)) if k not in self._found]
         if missing:
-            raise RuntimeError(
-                f"FeatureMaps: expected an output of every layer, got none of {len(missing)}. Run the model in the context. If it was: "
-                "torch.compile skips hooks that are added after a model's first compiled call; run a compiled model under "
-                'torch.compiler.set_stance("force_eager").'
+            hint = (
+                "torch.compile skips hooks that are added after it compiled the model or what runs it: run the model uncompiled in the "
+                'context, under torch.compiler.set_stance("force_eager"), say'
+                if any(_compiled(module) for module in self._model.modules()) or _compiled_before()
+                else "Run the model in the context"
             )
+            raise RuntimeError(f"FeatureMaps: expected an output of every layer, got none of {len(missing)}. {hint}.")
         return [self._found[k] for k in range(len(self._modules))]
 
     def __enter__(self) -> "FeatureMaps":
@@ -119,6 +121,16 @@ class FeatureMaps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _compiled_before() -> bool:
+    """Something was compiled in this process, be it a function around the model, of which the model knows nothing."""
+    utilities = sys.modules.get("torch._dynamo.utils")
+    return utilities is not None and utilities.counters["frames"]["ok"] > 0
 
 
 @named_options

@@ -620,25 +620,25 @@ def test_metric_equals_function(modality, cuts):
     metric = Distortion(modality=modality)
     for start, stop in itertools.pairwise(cuts):
         metric.update(*batch(start, stop))
-    check(metric.compute(), chosen(modality))
+    check(metric.compute().as_parts(), chosen(modality))
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_metric_needs_only_its_modality(modality):
     metric = Distortion(modality=modality)
     metric.update(*(Embeddings(**{modality: getattr(value, modality)}) for value in (STUDENT, TEACHER)))
-    check(metric.compute(), chosen(modality))
+    check(metric.compute().as_parts(), chosen(modality))
 
 
 def test_metric_default_call_and_reset():
     metric = Distortion()
-    check(metric(*batch(0, 5)), chosen("image", stop=5))
+    check(metric(*batch(0, 5)).as_parts(), chosen("image", stop=5))
     metric.update(*batch(5, PAIRS))
-    check(metric.compute(), chosen("image"))
+    check(metric.compute().as_parts(), chosen("image"))
     metric.reset()
     assert metric.student == metric.teacher == []
     metric.update(*batch(0, 4))
-    check(metric.compute(), chosen("image", stop=4))
+    check(metric.compute().as_parts(), chosen("image", stop=4))
 
 
 def test_metric_stores_no_graph():
@@ -713,7 +713,7 @@ def test_metric_stores_nothing_when_update_raises(modality, arguments, error, ex
     with pytest.raises(error, match=message("Distortion", expected, got)):
         metric.update(**{"student": FOUR[0], "teacher": FOUR[1], **arguments})
     assert len(metric.student) == len(metric.teacher) == 1
-    check(metric.compute(), chosen(modality, stop=6))
+    check(metric.compute().as_parts(), chosen(modality, stop=6))
 
 
 # two processes --------------------------------------------------------------------------------------------------------
@@ -725,7 +725,7 @@ def collect(rank: int, folder: str) -> None:
         metric = Distortion(modality="stacked")
         for start, stop in itertools.pairwise(((0, 3, 7), (7, PAIRS))[rank]):
             metric.update(*batch(start, stop))
-        torch.save(tuple(metric.compute()), f"{folder}/{rank}.pt")
+        torch.save(tuple(metric.compute().values()), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geomreg import Embeddings
 from geomreg.metrics import rsa, rsa_bootstrap, rsa_interval
-from geomreg.metrics.rsa_bootstrap import drawn
+from geomreg.metrics.rsa_bootstrap import drawn, in_order
 
 rsa_module = importlib.import_module("geomreg.metrics.rsa")  # the package's attribute of this name is the function
 
@@ -47,9 +47,11 @@ def distances(embeddings: Embeddings, draws: list[int], modality: str, dissimila
 @pytest.mark.parametrize("samples", [N, 5])  # of 5 some resamples have fewer than 3 different ones
 def test_interval_equals_drawing(modality, dissimilarity, correlation, samples):
     student, teacher = (Embeddings(*(value[:samples] for value in embeddings)) for embeddings in (STUDENT, TEACHER))
+    kept = {"image": (0,), "text": (1,)}.get(modality, (0, 1))
+    order = in_order(torch.cat([value[part] for value in (student, teacher) for part in kept], dim=1))
     scores = []
     for counts in drawn(samples, 40, seed=5).long():
-        draws = torch.arange(samples).repeat_interleave(counts).tolist()
+        draws = order.repeat_interleave(counts).tolist()
         if len(set(draws)) < 3:
             continue
         one, two = (distances(value, draws, modality, dissimilarity) for value in (student, teacher))
@@ -157,3 +159,28 @@ def test_too_many_pairs_for_ranks(monkeypatch):
     with pytest.raises(ValueError, match=r"^rsa_interval: expected at most 90 pairs for a Spearman interval, got 91\. Take a subset"):
         rsa_interval(STUDENT.image, TEACHER.image, correlation="spearman")
     assert rsa_interval(STUDENT.image, TEACHER.image).low.isfinite()
+
+
+@pytest.mark.parametrize("modality", ["image", "cross-modal"])
+@pytest.mark.parametrize("correlation", ["pearson", "spearman"])
+def test_order_of_samples_is_nothing(modality, correlation):
+    """As batches, processes and merges bring them; equal samples, equal first numbers and single precision among them."""
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(7))
+    student, teacher = (Embeddings(*(value.float().round(decimals=1) for value in embeddings)) for embeddings in (STUDENT, TEACHER))
+    for value in (*student, *teacher):
+        value[3] = value[5]
+        value[:, 0] = 0.5
+    moved = [Embeddings(*(value[order] for value in embeddings)) for embeddings in (student, teacher)]
+    options = {"modality": modality, "correlation": correlation, "resamples": 30}
+    one, two = rsa_interval(student, teacher, **options), rsa_interval(*moved, **options)
+    assert (one.low, one.high) == (two.low, two.high)
+    assert one.value == pytest.approx(float(two.value), rel=1e-12)
+
+
+def test_in_order():
+    rows = torch.tensor([[1.0, 2.0, 0.0], [0.0, 5.0, 1.0], [1.0, 2.0, -1.0], [1.0, 0.0, 9.0]], dtype=torch.float64)
+    assert in_order(rows).tolist() == [1, 3, 2, 0]
+    many = randn(200, 3, seed=9).round()  # many ties
+    keys = [tuple(row) for row in many.tolist()]
+    assert [keys[k] for k in in_order(many).tolist()] == sorted(keys)
+    assert in_order(rows[:1]).tolist() == [0]

@@ -115,21 +115,6 @@ def test_bad_axis_and_eps():
         FeatureMapDistance(eps=0.0)
 
 
-def test_a_model_that_was_compiled_and_run_before():
-    """torch.compile skips hooks that come later: an error that says so, and what it advises works."""
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    compiled = torch.compile(model, backend="eager")
-    inputs = torch.ones(2, 4)
-    expected = compiled(inputs)
-    with FeatureMaps(model, ["0", "1"]) as maps:
-        compiled(inputs)
-    with pytest.raises(RuntimeError, match=r"^FeatureMaps: expected an output of every layer, got none of 2.*torch.compile skips hooks"):
-        _ = maps.values
-    with FeatureMaps(model, ["0", "1"]) as maps, torch.compiler.set_stance("force_eager"):
-        compiled(inputs)
-    assert torch.equal(maps.values[1], expected)
-
-
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 3)])
 def test_empty_maps_are_refused(shape):
     empty = [torch.ones(2, 3), torch.zeros(shape)]
@@ -144,3 +129,31 @@ def test_maps_of_every_size_have_directions(size):
     one, other = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     value = feature_map_distance_loss([size * one], [other])
     torch.testing.assert_close(value, feature_map_distance_loss([one], [other]), rtol=2e-3 if size < 1e-5 else 1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("by", ["wrapper", "inner", "method", "function"])
+def test_model_that_was_compiled_before(by):
+    """Hooks that come later are skipped: the message says so, and what it advises works."""
+    torch._dynamo.reset()
+    model, batch = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(5, 3)
+    if by == "method":
+        model.compile(backend="eager")
+    run = model if by == "method" else torch.compile(model if by != "function" else lambda x: model(x), backend="eager")
+    run(batch)
+    with FeatureMaps(run if by == "wrapper" else model, ["_orig_mod.0" if by == "wrapper" else "0"]) as maps:
+        run(batch)
+    with pytest.raises(RuntimeError, match=r"^FeatureMaps: expected an output of every layer, got none of 1\. torch\.compile skips hooks"):
+        _ = maps.values
+    with torch.compiler.set_stance("force_eager"), maps:
+        run(batch)
+    assert torch.equal(maps.values[0], model[0](batch))
+    torch._dynamo.reset()
+
+
+def test_model_that_did_not_run():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with FeatureMaps(nn.Sequential(nn.Linear(3, 4)), ["0"]) as maps:
+        pass
+    with pytest.raises(RuntimeError, match=r"got none of 1\. Run the model in the context\.$"):
+        _ = maps.values

@@ -1,0 +1,188 @@
+"""While a student has its teacher's weights their embeddings are the same; where they are not, the cause is named once.
+
+Dropout in the student, another view of the batch, other preprocessing or another precision make every term start far from 0 and fit
+noise. A :class:`geomreg.Teacher` knows the model that it was made from, so it marks the embeddings of its first calls; the first term
+that compares them with embeddings of that very model says what it finds. No forward pass, no random number and no collective is added.
+"""
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from geomreg.types import Embeddings
+
+__all__ = ["Agreement", "compare", "same_parameters"]
+
+ROUNDING = 3e-3  # relative distance of embeddings that other kernels or TF32 leave
+HALF_ROUNDING = 3e-2  # of bf16 and fp16
+RATES = (  # attributes in which modules keep the rate of their noise
+    "p", "prob", "dropout", "dropout_p", "drop_prob", "drop_rate", "drop_path", "attn_dropout", "attn_drop", "attention_dropout",
+    "activation_dropout", "hidden_dropout", "layerdrop",
+)  # fmt: skip
+Mark = tuple["weakref.ref[Tensor]", "weakref.ref[Agreement]", str]
+
+_marks: list[Mark] = []  # of the teachers' embeddings that are still to be compared
+
+
+class Agreement:
+    """What a teacher knows of the student that it was made from, until both have been compared once or the student has moved.
+
+    Args:
+        student: held weakly.
+        equal: a method of the teacher, held weakly too: ``equal(student)``, both give the same embeddings by their weights.
+    """
+
+    def __init__(self, student: nn.Module, equal: Callable[[nn.Module], bool]) -> None:
+        self._student: Callable[[], nn.Module | None] = weakref.ref(student)
+        self._equal: Callable[[], Callable[[nn.Module], bool] | None] = weakref.WeakMethod(equal)
+        self._open = True
+        self._version: int | None = None
+        self._compared = False
+        self._pending: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or one that is read from a file, knows no student."""
+        return {"_student": _nothing, "_equal": _nothing, "_open": False, "_version": None, "_compared": True, "_pending": None}
+
+    def mark(self, embeddings: Embeddings) -> None:
+        """Of the teacher, as they are made: to be compared, if the student still has its weights."""
+        if not self._open or torch.compiler.is_compiling():
+            return
+        student = self._student()
+        moved = student is None or self._version not in (None, _version(student))
+        if self._pending is not None and student is not None and moved:  # what was compared was trained since: it was the student
+            _warn(self._pending)
+        waiting = self._pending is not None and not moved
+        if waiting:
+            return
+        if student is None or moved or self._compared or not (self._version is not None or self._still_equal(student)):
+            self.close()
+            return
+        self._version = _version(student)
+        _forget(self)
+        _marks.extend(
+            (weakref.ref(value), weakref.ref(self), field) for field, value in embeddings._asdict().items() if isinstance(value, Tensor)
+        )
+
+    def close(self) -> None:
+        """Compare no more."""
+        self._open, self._pending = False, None
+        _forget(self)
+
+    def _still_equal(self, student: nn.Module) -> bool:
+        equal = self._equal()
+        return equal is not None and equal(student)
+
+    def found(self, field: str, student: Tensor, teacher: Tensor) -> None:
+        """Embeddings of the same samples that should agree, if they come from the student in training."""
+        model = self._student()
+        if not self._open or model is None or not student.requires_grad or student.shape != teacher.shape:
+            return
+        if student.grad_fn is not None and not _reaches(student, model):
+            self.close()  # another model than the teacher's is trained: it may differ
+            return
+        self._compared = True
+        with torch.no_grad():
+            apart = float((student.float() - teacher.float()).norm() / teacher.float().norm())
+        half = any(value.dtype in (torch.bfloat16, torch.float16) for value in (student, teacher, *model.parameters()))
+        tolerance = HALF_ROUNDING if half or torch.is_autocast_enabled(student.device.type) else ROUNDING
+        if not apart > tolerance or not self._still_equal(model):
+            return
+        message = _message(field, apart, model)
+        if student.grad_fn is None:  # a leaf of a chunked step does not say whose it is
+            self._pending = self._pending or message
+            return
+        self.close()
+        _warn(message)
+
+
+def compare(student: Tensor, teacher: Tensor) -> None:
+    """Called by the checks of every term; does something where ``teacher`` is marked, once."""
+    if torch.compiler.is_compiling() or not _marks:
+        return
+    for mark in list(_marks):
+        agreement = mark[1]()
+        if mark[0]() is teacher and agreement is not None:
+            agreement.found(mark[2], student, teacher)
+            if student.requires_grad:
+                _marks[:] = [other for other in _marks if other is not mark]
+            return
+
+
+def same_parameters(one: nn.Module, two: nn.Module) -> bool:
+    """All parameters of ``one`` are those of ``two``; False also where that cannot be seen on this process alone, as of sharded ones."""
+    others = dict(two.named_parameters())
+    for name, value in one.named_parameters():
+        other = others.get(name)
+        if other is None or any(hasattr(both, "to_local") or both.is_meta or nn.parameter.is_lazy(both) for both in (value, other)):
+            return False
+        if value.shape != other.shape or not torch.equal(value.detach(), other.detach().to(value)):
+            return False
+    return True
+
+
+def _nothing() -> None:
+    return None
+
+
+def _forget(agreement: Agreement) -> None:
+    _marks[:] = [mark for mark in _marks if mark[1]() not in (agreement, None) and mark[0]() is not None]
+
+
+def _version(model: nn.Module) -> int:
+    """Rises with every change in place."""
+    return sum(value._version for value in model.parameters() if not value.is_inference())
+
+
+def _reaches(value: Tensor, model: nn.Module) -> bool:
+    """Whether a gradient of ``value`` would arrive at a parameter of the model."""
+    known = {id(parameter) for parameter in model.parameters()}
+    queue, seen = [value.grad_fn], set()
+    while queue:
+        node: Any = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in known:
+            return True
+        queue += [following for following, _ in node.next_functions]
+    return False
+
+
+def _message(field: str, apart: float, model: nn.Module) -> str:
+    noise = _noise(model)
+    shown = ", ".join(noise[:3]) + (f" and {len(noise) - 3} more" if len(noise) > 3 else "")
+    cause = (
+        f"The student runs in training mode with {shown}, which the terms would fit: embed the batch of the terms with "
+        "student.eval(), or set these to 0"
+        if noise
+        else "Give both the same view and preprocessing of the batch, and compute both in one precision"
+    )
+    return (
+        f"Teacher: expected student and teacher of the same weights to embed a batch alike, got {field} embeddings {100 * apart:.2g} % "
+        f"apart. {cause}."
+    )
+
+
+def _noise(model: nn.Module) -> list[str]:
+    """Modules in training mode that draw random numbers or look at the other samples of the batch."""
+    found = []
+    for name, module in model.named_modules():
+        rates = [vars(module).get(rate) for rate in RATES]
+        if module.training and (isinstance(module, _BatchNorm) or any(isinstance(rate, float) and 0 < rate <= 1 for rate in rates)):
+            found.append(f"{type(module).__name__} at {name!r}")
+    return found
+
+
+def _warn(message: str) -> None:
+    """For the line that is neither of this library nor of torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("geomreg", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

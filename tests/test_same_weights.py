@@ -1,0 +1,280 @@
+"""A student that has its teacher's weights and does not embed alike is told why, once; any other student is left alone."""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import PatchDropout
+from peft import LoraConfig, get_peft_model
+from timm.layers import DropPath
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from geomreg import AverageVectorLoss, CosineAnchor, DiVE, Embeddings, Teacher, WeightedSum, backward
+from geomreg import same_weights as module
+from geomreg.functional import average_vector_loss
+
+WIDTH = 16
+
+
+class Attended(nn.Module):
+    """Tokens through attention with something random before it."""
+
+    def __init__(self, noise: nn.Module | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.noise = nn.Identity() if noise is None else noise
+        self.attention = nn.MultiheadAttention(WIDTH, 2, dropout=dropout, batch_first=True)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        tokens = self.noise(batch[:, None] * torch.linspace(-1, 1, 6)[:, None] + torch.arange(6.0)[:, None])
+        return self.attention(tokens, tokens, tokens)[0].mean(dim=1)
+
+
+def text_model(**options: float) -> nn.Module:
+    config = CLIPTextConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8,
+        projection_dim=8, eos_token_id=29, bos_token_id=28, **options,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config)
+
+
+NOISY = {
+    "dropout": (lambda: nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 8)), "Dropout at '2'"),
+    "little dropout": (lambda: nn.Sequential(nn.Linear(WIDTH, 64), nn.Dropout(0.01), nn.Linear(64, 8)), "Dropout at '1'"),
+    "attention dropout": (lambda: Attended(dropout=0.2), "MultiheadAttention at 'attention'"),
+    "patch dropout": (lambda: Attended(PatchDropout(0.5, exclude_first_token=False)), "PatchDropout at 'noise'"),
+    "drop path": (lambda: nn.Sequential(nn.Linear(WIDTH, 8), DropPath(0.2)), "DropPath at '1'"),
+    "batch normalisation": (lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8)), "BatchNorm1d at '1'"),
+    "transformers": (lambda: text_model(attention_dropout=0.2).train(), "CLIPAttention at 'text_model.encoder.layers.0.self_attn'"),
+}
+
+
+def encode(model: nn.Module, batch: Tensor) -> Embeddings:
+    found = model(batch)
+    return Embeddings(text=F.normalize(getattr(found, "text_embeds", found).float(), dim=-1))
+
+
+def batch_for(model: nn.Module, rows: int = 32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if hasattr(model, "text_model"):
+        return torch.randint(1, 30, (rows, 8), generator=generator).index_fill(1, torch.tensor([7]), 29)
+    return torch.randn(rows, WIDTH, generator=generator)
+
+
+def heard(call) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert all(one.filename == __file__ for one in caught if "Teacher" in str(one.message))
+    return [str(one.message) for one in caught if str(one.message).startswith("Teacher: ")]
+
+
+def built(kind: str = "dropout") -> tuple[nn.Module, Teacher, Tensor]:
+    torch.manual_seed(0)
+    model = NOISY[kind][0]().train()
+    return model, Teacher(model, encode), batch_for(model)
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_noise_is_named_once(kind):
+    model, teacher, batch = built(kind)
+    keep = WeightedSum(avl=(1000.0, AverageVectorLoss()), cosine=(1.0, CosineAnchor()))
+    (message,) = heard(lambda: keep(encode(model, batch), teacher(batch)))
+    assert "expected student and teacher of the same weights to embed a batch alike, got text embeddings" in message
+    assert NOISY[kind][1] in message
+    assert "student.eval()" in message
+    assert not heard(lambda: [keep(encode(model, batch), teacher(batch)) for _ in range(3)])
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_evaluation_mode_is_quiet(kind):
+    """And at 0, with the gradient of the student; the next step may put it back into training mode."""
+    model, teacher, batch = built(kind)
+    if kind == "batch normalisation":
+        teacher = Teacher(model.eval(), encode)
+    model.eval()
+    keep, known = AverageVectorLoss(), teacher(batch)
+    values = []
+    assert not heard(lambda: values.append(keep(encode(model, batch), known)))
+    assert values[0] < 1e-9
+    assert values[0].requires_grad
+
+
+@pytest.mark.parametrize("teach_first", [True, False])
+@pytest.mark.parametrize(
+    "term",
+    [lambda s, t: AverageVectorLoss()(s, t), lambda s, t: average_vector_loss(None, s.text, None, t.text, mean=torch.zeros(()))],
+    ids=["module", "function"],
+)
+def test_other_view(teach_first, term):
+    model, teacher, batch = built()
+    model.eval()
+    other = batch + 0.1 * batch_for(model, seed=1)
+
+    def step() -> None:
+        known = teacher(batch) if teach_first else None
+        seen = encode(model, other)
+        term(seen, teacher(batch) if known is None else known)
+
+    (message,) = heard(step)
+    assert "Give both the same view and preprocessing of the batch, and compute both in one precision" in message
+
+
+def test_both_modalities_are_compared():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"image": nn.Linear(WIDTH, 8), "text": nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, 8))})
+    both = lambda model, batch: Embeddings(model["image"](batch), model["text"](batch))  # noqa: E731
+    teacher, batch = Teacher(model, both), torch.randn(8, WIDTH)
+    (message,) = heard(lambda: DiVE()(both(model, batch), teacher(batch)))
+    assert "got text embeddings" in message
+
+
+def test_precision():
+    """Rounding of bf16 is no news where both round; a student in bf16 against a teacher in fp32 is, beyond that rounding, none either."""
+    model, teacher, batch = built()
+    model.eval()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            AverageVectorLoss()(encode(model, batch), teacher(batch))
+
+    assert not heard(step)
+    model, teacher, batch = built()
+    model.eval().bfloat16()
+    assert not heard(lambda: AverageVectorLoss()(encode(model, batch.bfloat16()), teacher(batch)))
+    model, teacher, batch = built()
+    model.bfloat16()  # and dropout, which is larger
+    assert len(heard(lambda: AverageVectorLoss()(encode(model, batch.bfloat16()), teacher(batch)))) == 1
+
+
+def other_model(model, teacher, batch):
+    return NOISY["dropout"][0]().train()
+
+
+def moved_before(model, teacher, batch):
+    with torch.no_grad():
+        model[0].weight.mul_(1.01)
+    return model
+
+
+def copied(model, teacher, batch):
+    return copy.deepcopy(model)
+
+
+def gone(model, teacher, batch):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("student", [other_model, moved_before, copied, gone])
+def test_a_student_that_may_differ_is_left_alone(student):
+    """Another model, one that was resumed or trained, one of which the teacher knows nothing."""
+    model, teacher, batch = built()
+    trained = student(model, teacher, batch)
+    assert not heard(lambda: [AverageVectorLoss()(encode(trained, batch), teacher(batch)) for _ in range(3)])
+
+
+def test_after_a_step_nothing_is_said():
+    model, teacher, batch = built()
+    teacher(batch)  # without a term
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    encode(model, batch).text[:, 0].sum().backward()
+    optimizer.step()
+    assert not heard(lambda: AverageVectorLoss()(encode(model, batch), teacher(batch)))
+
+
+def test_evaluation_before_training_does_not_use_it_up():
+    model, teacher, batch = built()
+    keep = AverageVectorLoss()
+    with torch.no_grad():
+        assert not heard(lambda: keep.eval()(encode(model, batch), teacher(batch)))
+    keep.train()
+    assert len(heard(lambda: keep(encode(model, batch), teacher(batch)))) == 1
+
+
+def test_chunked_step_says_it_when_the_student_has_moved():
+    """Embeddings of a chunked step are leaves; that their model was trained shows at the teacher's next call."""
+    for trained in (True, False):
+        model, teacher, batch = built()
+        student = model if trained else NOISY["dropout"][0]().train()
+        keep, optimizer = AverageVectorLoss(), torch.optim.SGD(student.parameters(), lr=0.1)
+
+        def step() -> None:
+            known = teacher(batch)  # noqa: B023
+            backward(lambda chunk: encode(student, chunk), batch, lambda e: keep(e, known), chunk_size=8)  # noqa: B023
+            optimizer.step()  # noqa: B023
+
+        assert not heard(step)
+        assert len(heard(step)) == trained
+        assert not heard(step)
+
+
+def test_averaged_teacher_and_adapters():
+    model, _, batch = built()
+    teacher = Teacher.averaged(model, encode)
+    assert len(heard(lambda: AverageVectorLoss()(encode(model, batch), teacher(batch)))) == 1
+    for begun in (True, False):
+        model, _, batch = built()
+        adapted = get_peft_model(model, LoraConfig(target_modules=["0"], lora_dropout=0.0))
+        if not begun:
+            with torch.no_grad():
+                adapted.base_model.model[0].lora_B.default.weight.add_(0.01)
+        teacher = Teacher.adapters_off(adapted, encode)
+        assert len(heard(lambda: AverageVectorLoss()(encode(adapted, batch), teacher(batch)))) == begun  # noqa: B023
+
+
+def test_costs_nothing_of_the_student():
+    """No further forward pass, no random number, nothing kept alive."""
+    model, teacher, batch = built()
+    calls = []
+    model.register_forward_hook(lambda *given: calls.append(1))
+    torch.manual_seed(3)
+    seen = encode(model, batch)
+    after = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="Teacher"):
+        AverageVectorLoss()(seen, teacher(batch))
+    assert len(calls) == 1
+    assert torch.equal(torch.get_rng_state(), after)
+    watched = weakref.ref(teacher)
+    del teacher
+    assert watched() is None  # without the garbage collector: no cycle holds a whole model
+    _, again, _ = built()
+    known = again(batch)  # marked, never compared
+    held = weakref.ref(again)
+    del again
+    assert held() is None
+    del known
+    gc.collect()
+
+
+def test_copies_and_files_of_a_teacher_know_no_student():
+    model, teacher, batch = built()
+    for other in (copy.deepcopy(teacher), pickle.loads(pickle.dumps(teacher))):
+        assert not heard(lambda: AverageVectorLoss()(encode(model, batch), other(batch)))  # noqa: B023
+
+
+def test_compiled_terms_and_marks_in_files(tmp_path):
+    """A mark is not in the tensor: embeddings can be saved, and a term compiles in one graph."""
+    model, teacher, batch = built()
+    known = teacher(batch)
+    torch.save(known, tmp_path / "known.pt")
+    torch.load(tmp_path / "known.pt", weights_only=False)
+    keep = torch.compile(AverageVectorLoss(decay=1.0), fullgraph=True, backend="eager")
+    assert not heard(lambda: keep(encode(model, batch), known))
+
+
+@pytest.mark.parametrize("field", ["to_local", "is_meta"])
+def test_weights_that_one_process_cannot_compare(field, monkeypatch):
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert not module.same_parameters(one, two)
+    two.load_state_dict(one.state_dict())
+    assert module.same_parameters(one, two)
+    if field == "is_meta":
+        two.to("meta")
+    else:
+        two.weight.to_local = lambda: None
+    assert not module.same_parameters(one, two)
