@@ -23,6 +23,7 @@ from geomreg.regularizers import (
     TextEnergy,
     WeightAnchor,
 )
+from geomreg.statistics import recompute_statistics
 from geomreg.step import backward
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings, Regularizer, Terms
@@ -56,4 +57,5 @@ __all__ = [
     "alpha_sweep",
     "backward",
     "interpolate",
+    "recompute_statistics",
 ]

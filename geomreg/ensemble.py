@@ -7,6 +7,7 @@ from torch import Tensor
 
 from geomreg.checks import check_fraction, check_mixed, check_same_keys
 from geomreg.precision import at_least_fp32
+from geomreg.statistics import warn_of_mixed_statistics
 
 __all__ = ["alpha_sweep", "interpolate"]
 
@@ -18,7 +19,9 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
 
     Every floating-point entry is interpolated, in fp32 or wider, and keeps its dtype; integer and boolean entries
     (counters, indices) are those of ``finetuned``. CLIP's log logit scale is interpolated like the rest, which is the
-    geometric mean of the scales. A zero-shot head must be rebuilt afterwards.
+    geometric mean of the scales. A zero-shot head must be rebuilt afterwards. Running statistics of batch normalisations
+    are interpolated too, and then belong to no model: where they differ, a warning says to collect them anew with
+    :func:`geomreg.recompute_statistics`.
 
     Args:
         pretrained: state dict; its floating-point entries are the result at ``alpha=0``.
@@ -42,6 +45,12 @@ def interpolate(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor
     """
     check_fraction("interpolate", "alpha", alpha)
     check_same_keys("interpolate", pretrained, finetuned)
+    if 0 < alpha < 1:
+        warn_of_mixed_statistics("interpolate", pretrained, finetuned)
+    return _mixed(pretrained, finetuned, alpha)
+
+
+def _mixed(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     merged = {}
     for key, end in finetuned.items():
         if end.is_floating_point():
@@ -61,4 +70,8 @@ def alpha_sweep(
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """``(alpha, interpolate(pretrained, finetuned, alpha))`` for each alpha, one state dict at a time."""
     for alpha in alphas:
-        yield alpha, interpolate(pretrained, finetuned, alpha)
+        check_fraction("interpolate", "alpha", alpha)
+        check_same_keys("interpolate", pretrained, finetuned)
+        if 0 < alpha < 1:
+            warn_of_mixed_statistics("interpolate", pretrained, finetuned)
+        yield alpha, _mixed(pretrained, finetuned, alpha)

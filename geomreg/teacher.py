@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_fraction, check_modalities, check_returned, describe
 from geomreg.same_weights import Agreement, same_parameters
 from geomreg.schedules import Schedule
+from geomreg.statistics import moving_statistics
 from geomreg.types import Embeddings
 
 if TYPE_CHECKING:
@@ -102,7 +104,9 @@ class Teacher(nn.Module):
         """An exponential moving average of the student: ``teacher <- m * teacher + (1 - m) * student`` in :meth:`step`.
 
         Unlike a frozen copy it is saved: ``state_dict`` holds the average, in fp32 or wider even of a bf16 model, and the number of steps.
-        Buffers that are not floating point are the student's.
+        Buffers that are not floating point are the student's. Running statistics of batch normalisations are averaged too, and are not
+        those of the averaged weights: the first :meth:`step` warns where they move, :func:`geomreg.recompute_statistics` on
+        ``teacher.model`` collects them anew.
 
         Args:
             model: the student; the average starts as a copy of it.
@@ -352,7 +356,7 @@ class _Averaged(Teacher):
         if not callable(decay):
             check_fraction("Teacher", "decay", decay)
         check_count("Teacher", "every", every, 1)
-        self.decay, self.every, self._steps = decay, every, 0
+        self.decay, self.every, self._steps, self._warned = decay, every, 0, False
         self._student = (model,)
         self._exact = {  # bf16 and fp16 would round small movements away
             name: value.detach().float().clone()
@@ -365,6 +369,14 @@ class _Averaged(Teacher):
 
     @torch.no_grad()
     def step(self) -> None:
+        if not self._warned and (names := moving_statistics(self._student[0])):
+            self._warned = True
+            warnings.warn(
+                f"Teacher: expected no batch normalisation in training mode in the student of an averaged teacher, got {names[0]!r}: the "
+                "mean of running statistics is not that of averaged weights. Put it into eval(), or call "
+                "geomreg.recompute_statistics(teacher.model, batches, encode) before the teacher is used.",
+                stacklevel=3,  # past no_grad
+            )
         if self._steps % self.every == 0:
             decay = self.decay(self._steps) if callable(self.decay) else self.decay
             check_fraction("Teacher", f"decay at step {self._steps}", decay)

@@ -28,6 +28,7 @@ from geomreg import (
     Teacher,
     WeightedSum,
     backward,
+    recompute_statistics,
 )
 from geomreg.distributed import gathered_rows
 from geomreg.functional import contrastive_loss
@@ -186,6 +187,16 @@ def accumulated(rank):
     return regularizer.mean
 
 
+def collected(ranks):
+    """Running statistics from three batches of each rank, of equal sizes."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).double()
+    for value in model.parameters():
+        nn.init.constant_(value, 0.5)
+    batches = [data(step, [rank])[0] for rank in ranks for step in range(3)]
+    assert recompute_statistics(model, batches, lambda model, batch: model(batch)) == len(batches)
+    return torch.stack([model[1].running_mean, model[1].running_var])
+
+
 def balanced_weight(ranks):
     """A balanced weight after a few steps on the ranks' data."""
     teacher, towers = Teacher(Towers(seed=1), lambda model, batch: model(*batch)), Towers()
@@ -310,6 +321,7 @@ def work(rank, folder):
         result["separate"] = {name: separate(TERMS[name], rank) for name in SEPARATE}
         result["alone"] = alone(rank)
         result["ragged chunks"] = {size: stepped([rank], size, DistributedDataParallel, rows=RAGGED) for size in (1, 4, 7, 100)}
+        result["collected"] = collected([rank])
         result["accumulated"] = accumulated(rank)
         with mock.patch("geomreg.regularizers.average_vector.all_reduce_sum", lambda value: value):
             result["rank-local mean"] = trained("average_vector", [rank], DistributedDataParallel)
@@ -430,6 +442,11 @@ def test_evaluation_on_one_process_alone(results):
     for name, value in results[0]["alone"].items():
         if name not in STATEFUL:
             close(value, trained(name, [0], rows=RAGGED)[0]["loss"], 1e-12)
+
+
+def test_running_statistics_equal_one_process(results):
+    for result in results:
+        close(result["collected"], collected(range(RANKS)), 1e-12)
 
 
 def test_more_forwards_on_one_process_before_a_step(results):

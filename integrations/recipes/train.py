@@ -1,6 +1,7 @@
 """The one training loop: a target loss, and optionally regularizers on target and reference data, on accelerate."""
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
 from geomreg.integrations.recipes.passes import ON_PARAMETERS, Batch, Passes
 from geomreg.integrations.recipes.shard import Sharded, check_launch, like
 from geomreg.precision import at_least_fp32
+from geomreg.statistics import moving_statistics, recompute_statistics
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
@@ -30,6 +32,7 @@ Batches = Callable[[int], Iterator[Batch]]  # endless batches from the one with 
 Banks = Callable[[int], Iterator[Tensor]]  # (M, D) constant text embeddings for each step from the one with this number on
 RECORDED = ("step", "loss", "regularizer", "logit_scale", "learning_rate", "gradient_ratio", "stop", "task_square", "regularizer_square")
 """Names in the records of a step that no term may have."""
+_OF_STATISTICS = 100  # target batches that running statistics are collected from
 _OUTSIDE = ("logit_scale", "logit_bias", f"{head.NAME}.")  # parameters that losses use outside of the model's forward
 
 
@@ -52,6 +55,7 @@ class Settings:
             the spikes inflate Adam's second moment, and a running mean moves as seldom (take its decay to this power). A smaller reference
             batch at every step saves as much and is the better way.
         average_every: end with the mean of the weights at the start and after each so many steps (ZSCL: 100); None: with the last.
+            Running statistics of batch normalisations are those of the mean over the first hundred target batches.
     """
 
     steps: int
@@ -189,7 +193,7 @@ def finetune(
         entry, stopping = run.entry(step, record, should_stop())
         run.update(after_update)
         done = step + 1
-        run.add_to_mean(done, last=done == last_step)
+        run.add_to_mean(done, target, last=done == last_step)
         if on_step is not None:
             on_step(entry)
         if checkpoints is not None and (stopping or done % checkpoints.every == 0 or done == settings.steps):
@@ -346,14 +350,21 @@ class _Training:
             if part is not None:
                 part.step()
 
-    def add_to_mean(self, done: int, *, last: bool) -> None:
-        """After a step; the mean of the weights takes their place after the last."""
+    def add_to_mean(self, done: int, target: Batches, *, last: bool) -> None:
+        """After a step; the mean of the weights takes their place after the last, with running statistics of its own."""
         if self.mean is None or self.settings.average_every is None:
             return
         if done % self.settings.average_every == 0:
             self.mean.add()
         if last:  # before it is looked at
             self.mean.put()
+            if moving_statistics(self.model):
+                batches = itertools.islice(target(0), min(done, _OF_STATISTICS))
+                recompute_statistics(self.model, (_moved(batch, self.accelerator.device) for batch in batches), self._forward)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> Embeddings:
+        with self.accelerator.autocast():
+            return encode(model, batch)
 
     def _stateful(self) -> dict[str, Any]:
         """What else has a state to be saved, under its name; None where the run has none."""

@@ -208,3 +208,36 @@ def test_nothing_of_a_run_stays_behind():
     assert accelerator._models == accelerator._optimizers == []
     assert all(p.grad is None for p in result.parameters())
     assert "forward" not in vars(result)
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_mean_of_the_weights_has_statistics_of_its_own(steps):
+    """Those of a direct pass over the target batches with the mean's weights, not those that the last step left."""
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    one = open_clip.CLIP(8, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
+
+    def pairs(start):
+        for k in itertools.count(start):
+            generator = torch.Generator().manual_seed(k)
+            yield {"image": torch.randn(6, 3, 32, 32, generator=generator), "text": torch.randint(1, 64, (6, 8), generator=generator)}
+
+    settings = Settings(steps=steps, learning_rate=3e-3, warmup_steps=1, average_every=2)
+    kept = []
+    finetune(one, pairs, settings, accelerator=Accelerator(cpu=True), on_step=lambda _: kept.append(copy.deepcopy(one.state_dict())))
+    direct = copy.deepcopy(one).train()
+    layers = [module for module in direct.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+    with torch.no_grad():
+        for batch in itertools.islice(pairs(0), steps):
+            direct.encode_image(batch["image"])
+    for key, value in direct.state_dict().items():
+        torch.testing.assert_close(one.state_dict()[key], value, msg=key)
+    moved = [
+        key for key in one.state_dict() if "running_mean" in key and not torch.allclose(kept[-2][key], one.state_dict()[key], rtol=0.1)
+    ]
+    assert moved
+    assert not one.training
