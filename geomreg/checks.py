@@ -4,7 +4,6 @@ Every message reads ``<callable>: expected <what>, got <value>. <what to do>.``
 """
 
 import difflib
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -19,7 +18,6 @@ from geomreg.types import Embeddings
 __all__ = [
     "check_all_finite",
     "check_anchors",
-    "check_arguments",
     "check_axis",
     "check_bank",
     "check_below",
@@ -94,22 +92,6 @@ def describe(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return "None" if value is None else f"{type(value).__name__}"
-
-
-def check_dense(name: str, label: str, value: Tensor) -> Tensor:
-    """A tensor that loss mathematics can be done with: strided, with values, and floating point of 16 bits or more."""
-    if value.is_nested or value.layout != torch.strided:
-        hint = "Pad it to one length a sample." if value.is_nested else "Convert with .to_dense()."
-        raise TypeError(f"{name}: expected {label} as a dense tensor, got a {describe(value)}. {hint}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point {label}, got {describe(value)}. Convert with .float().")
-    if value.dtype.itemsize < 2:
-        raise TypeError(
-            f"{name}: expected {label} in 16, 32 or 64 bits, got {describe(value)}. Convert with .float(); small differences are lost in 8."
-        )
-    if value.device.type == "meta":
-        raise TypeError(f"{name}: expected {label} with values, got a {describe(value)}. Load the model's weights and embed with them.")
-    return value
 
 
 def check_matrix(name: str, label: str, value: object) -> Tensor:
@@ -327,28 +309,6 @@ def _content(batch: Any) -> str:
         if not isinstance(value, Tensor):
             return f"{describe(batch)} with {describe(value)} at {key!r}"
     return f"an empty {describe(batch)}" if isinstance(batch, (Mapping, list, tuple)) else describe(batch)
-
-
-def check_arguments(name: str, called: inspect.Signature, given: Sequence[object], options: Mapping[str, object]) -> None:
-    """Arguments with which a class can be built: known names, by position only what it takes by position, and all that it needs."""
-    known = [key for key, one in called.parameters.items() if one.kind is not one.VAR_POSITIONAL]
-    places = [key for key, one in called.parameters.items() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}." if known else "It takes no options."
-            raise TypeError(f"{name}: expected options that it has, got {key}. {hint}")
-    if len(given) > len(places):
-        what = f"at most {len(places)} arguments" if places else "options"
-        example = next((key for key in known if key not in places), None)
-        hint = f"Write {example}=..., say." if example else "Leave the others out."
-        raise TypeError(f"{name}: expected {what} {'by position' if places else 'by name'}, got {len(given)} by position. {hint}")
-    for key in places[: len(given)]:
-        if key in options:
-            raise TypeError(f"{name}: expected {key} once, got it by position and by name. Leave one out.")
-    for key, one in called.parameters.items():
-        if one.default is one.empty and key not in options and key not in places[: len(given)]:
-            raise TypeError(f"{name}: expected {', '.join(known)}, got no {key}. Pass it.")
 
 
 def check_same_rows(name: str, embeddings: Embeddings, rows: int) -> Embeddings:

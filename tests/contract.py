@@ -5,7 +5,6 @@ One :class:`Term` for each public regularizer on embeddings. A check is a functi
 """
 
 import copy
-import inspect
 import math
 import pickle
 from collections.abc import Callable
@@ -592,39 +591,6 @@ def live_teacher_is_refused(term: Term) -> None:
             called(term, term.build(), replace(one, teacher=live))
 
 
-NOT_DENSE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "sparse": (lambda x: x.to_sparse(), "got a sparse_coo float64 tensor"),
-    "compressed rows": (lambda x: x.to_sparse_csr(), "got a sparse_csr float64 tensor"),
-    "nested": (lambda x: torch.nested.nested_tensor([x[0], x[1]]), "got a nested float64 tensor"),
-    "8 bits": (lambda x: x.to(torch.float8_e4m3fn), "got float8_e4m3fn tensor"),
-    "meta": (lambda x: x.to("meta"), "on meta"),
-    "complex": (lambda x: x.to(torch.complex64), "got complex64 tensor"),
-    "list": (lambda x: x.tolist(), r"got list\. Convert with torch.as_tensor"),
-    "array": (lambda x: x.numpy(), r"got ndarray\. Convert with torch.as_tensor"),
-}
-
-
-def only_dense_tensors(term: Term) -> None:
-    """Tensors that the mathematics does not work on, and what is no tensor, are refused with a message of ours that says what came."""
-    for change, message in NOT_DENSE.values():
-        one = case(term)
-        student = Embeddings(*(change(value.detach()) for value in one.student))
-        teacher = Embeddings(*(change(value) for value in one.teacher))
-        with pytest.raises(TypeError, match=rf"expected .*{message}"):
-            called(term, term.build(), replace(one, student=student, teacher=teacher))
-
-
-def mistyped_options(term: Term) -> None:
-    """An option that there is not is refused in the name of the class itself, with what it takes."""
-    module = term.build()
-    name = type(module).__name__
-    with pytest.raises(TypeError, match=rf"^{name}: expected options that it has, got no_such_option\. It takes "):
-        type(module)(no_such_option=1)
-    for option in (key for key in inspect.signature(type(module)).parameters if len(key) > 3):
-        with pytest.raises(TypeError, match=rf"^{name}: expected options that it has, got {option}s\. Did you mean {option}\?"):
-            type(module)(**{f"{option}s": 1})
-
-
 def missing_modality(term: Term) -> None:
     """What it needs must be there; what it does not need may be None."""
     one = case(term)
@@ -728,8 +694,6 @@ CHECKS = [
     infinity_propagates,
     no_row_is_refused,
     live_teacher_is_refused,
-    only_dense_tensors,
-    mistyped_options,
     missing_modality,
     separability,
     homogeneity,

@@ -12,7 +12,7 @@ from geomreg.checks import check_embeddings, check_fraction, check_mean, check_o
 from geomreg.chunks import current_pass
 from geomreg.distributed import all_reduce_max, all_reduce_sum, wait_for_step, weighted_by_rows, world_size
 from geomreg.precision import apply_keeping_fp32, at_least_fp32, full_precision
-from geomreg.regularizers.common import named_options, unit
+from geomreg.regularizers.common import unit
 from geomreg.types import Embeddings
 
 __all__ = ["AverageVectorLoss", "average_vector_loss"]
@@ -88,7 +88,6 @@ def average_vector_loss(
     return total
 
 
-@named_options
 class AverageVectorLoss(nn.Module):
     """Module form of :func:`average_vector_loss`; owns the running mean of all difference vectors.
 

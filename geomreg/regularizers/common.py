@@ -1,37 +1,16 @@
 """What several regularizers do with their inputs: unit vectors, one modality after the other, rows of all processes."""
 
-import functools
-import inspect
 import math
 from collections.abc import Iterable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from geomreg.checks import check_arguments, check_embeddings, check_paired_embeddings, check_pairs_present, check_student
+from geomreg.checks import check_embeddings, check_paired_embeddings, check_pairs_present, check_student
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.types import Embeddings
 
-__all__ = ["chosen", "named_options", "nothing", "pairs", "summed", "unit", "unit_along", "unit_rows"]
-
-T = TypeVar("T")
-
-
-def named_options(owner: type[T]) -> type[T]:
-    """Class decorator of every term: a mistyped option of the constructor is called by its name, with the nearest that there is."""
-    init = owner.__init__
-    called = inspect.signature(init)
-    called = called.replace(parameters=list(called.parameters.values())[1:])  # without self
-
-    @functools.wraps(init)
-    def checked(self: Any, *given: Any, **options: Any) -> None:
-        check_arguments(type(self).__name__, called, given, options)
-        init(self, *given, **options)
-
-    owner.__init__ = checked  # type: ignore[method-assign]
-    return owner
-
+__all__ = ["chosen", "nothing", "pairs", "summed", "unit", "unit_along", "unit_rows"]
 
 def unit_rows(value: Tensor) -> Tensor:
     """Each row divided by its L2 norm, in fp32 or wider; a zero row stays zero, and its gradient is zero."""

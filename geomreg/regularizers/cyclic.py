@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_paired_embeddings, check_weight
 from geomreg.distributed import gathered_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import named_options, pairs
+from geomreg.regularizers.common import pairs
 from geomreg.types import Embeddings
 
 __all__ = ["CyclicConsistency", "cyclic_loss"]
@@ -68,7 +68,6 @@ def _check_weights(name: str, in_modal: float, cross_modal: float) -> None:
     check_weight(name, "cross_modal", cross_modal)
 
 
-@named_options
 class CyclicConsistency(nn.Module):
     """Module form of :func:`cyclic_loss`, over the batches of all processes; the teacher may be None.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_modalities, check_number, check_pair, check_weight
 from geomreg.distributed import weighted_by_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import chosen, named_options, unit_rows
+from geomreg.regularizers.common import chosen, unit_rows
 from geomreg.types import Embeddings
 
 __all__ = [
@@ -175,7 +175,6 @@ def cosine_anchor_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return feature_distillation_loss(unit_rows(student), unit_rows(teacher)) / 2
 
 
-@named_options
 class FeatureDistillation(nn.Module):
     """Module form of :func:`feature_distillation_loss`, added over modalities.
 
@@ -203,7 +202,6 @@ class FeatureDistillation(nn.Module):
         return f"modalities={self.modalities}, normalize={self.normalize}"
 
 
-@named_options
 class CosineAnchor(nn.Module):
     """Module form of :func:`cosine_anchor_loss`, added over modalities.
 
@@ -228,7 +226,6 @@ class CosineAnchor(nn.Module):
         return f"modalities={self.modalities}"
 
 
-@named_options
 class SelectiveDistillation(nn.Module):
     """Module form of :func:`selective_distillation_loss`, added over modalities; takes the second teacher as ``previous=``.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_axis, check_layers, check_map_pair, check_maps, check_module, check_positive
 from geomreg.distributed import weighted_by_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import named_options, summed, unit_along
+from geomreg.regularizers.common import summed, unit_along
 from geomreg.types import Embeddings
 
 __all__ = ["FeatureMapDistance", "FeatureMaps", "feature_map_distance_loss"]
@@ -133,7 +133,6 @@ def _compiled_before() -> bool:
     return utilities is not None and utilities.counters["frames"]["ok"] > 0
 
 
-@named_options
 class FeatureMapDistance(nn.Module):
     """Module form of :func:`feature_map_distance_loss`; takes ``feature_maps=`` of the student and ``teacher_feature_maps=``.
 

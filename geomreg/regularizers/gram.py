@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_choices, check_pair, check_width
 from geomreg.distributed import gathered_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import chosen, named_options, summed
+from geomreg.regularizers.common import chosen, summed
 from geomreg.types import Embeddings
 
 __all__ = ["GramStructure", "gram_loss"]
@@ -71,7 +71,6 @@ def gram_loss(student: Tensor, teacher: Tensor, *, student_columns: Tensor | Non
         return total / (4 * len(z) * len(w))
 
 
-@named_options
 class GramStructure(nn.Module):
     """Module form of :func:`gram_loss`, added over blocks of the similarity matrix; over the batches of all processes.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_embeddings, check_pair, check_paired, check_pairs_present
 from geomreg.distributed import weighted_by_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import named_options, unit
+from geomreg.regularizers.common import unit
 from geomreg.types import Embeddings
 
 __all__ = ["PairwiseVectorLoss", "pairwise_vector_loss"]
@@ -60,7 +60,6 @@ def pairwise_vector_loss(student_image: Tensor, student_text: Tensor, teacher_im
         return (image_shift - text_shift).square().sum(dim=1).mean()
 
 
-@named_options
 class PairwiseVectorLoss(nn.Module):
     """Module form of :func:`pairwise_vector_loss`.
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from geomreg.checks import check_matrix, check_weight, check_width
 from geomreg.precision import common_precision, full_precision
-from geomreg.regularizers.common import named_options
 from geomreg.types import Embeddings
 
 __all__ = ["ProjectionOrthogonality", "projection_orthogonality_loss"]
@@ -76,7 +75,6 @@ def _matrix(value: nn.Parameter | nn.Linear) -> Tensor:
     return value.weight.T if isinstance(value, nn.Linear) else value
 
 
-@named_options
 class ProjectionOrthogonality(nn.Module):
     """Module form of :func:`projection_orthogonality_loss` on a model's live weights; the embeddings are not looked at.
 

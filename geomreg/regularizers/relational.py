@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_modalities, check_pair, check_rows
 from geomreg.distributed import gathered_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import chosen, named_options, nothing, summed, unit_along
+from geomreg.regularizers.common import chosen, nothing, summed, unit_along
 from geomreg.types import Embeddings
 
 __all__ = ["RelationalAngle", "RelationalDistance", "relational_angle_loss", "relational_distance_loss"]
@@ -154,7 +154,6 @@ def _lengths(x: Tensor) -> Tensor:
     return torch.where(nothing(largest), 0.0, 1.0 + 0.0 * largest)
 
 
-@named_options
 class RelationalDistance(nn.Module):
     """Module form of :func:`relational_distance_loss`, added over modalities; over the batches of all processes.
 
@@ -179,7 +178,6 @@ class RelationalDistance(nn.Module):
         return f"modalities={self.modalities}, normalize={self.normalize}"
 
 
-@named_options
 class RelationalAngle(nn.Module):
     """Module form of :func:`relational_angle_loss`, added over modalities; over the batches of all processes.
 

@@ -22,7 +22,7 @@ from geomreg.checks import (
 from geomreg.distributed import gathered_rows
 from geomreg.nearest import nearest_rows
 from geomreg.precision import at_least_fp32, common_precision, full_precision, one_number
-from geomreg.regularizers.common import named_options, pairs
+from geomreg.regularizers.common import pairs
 from geomreg.types import Embeddings
 
 __all__ = ["ContrastiveReplay", "contrastive_loss", "retrieve_anchors", "sigmoid_contrastive_loss"]
@@ -213,7 +213,6 @@ def _faiss_search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor
     return torch.from_numpy(scores).to(queries), torch.from_numpy(rows)
 
 
-@named_options
 class ContrastiveReplay(nn.Module):
     """Module form of :func:`contrastive_loss` and :func:`sigmoid_contrastive_loss`, over the batches of all processes.
 

@@ -7,7 +7,7 @@ from geomreg.blocked import row_blocked
 from geomreg.checks import check_bank, check_choices, check_mask, check_option, check_pair, check_positive, check_scale, describe
 from geomreg.distributed import gathered_rows, weighted_by_rows
 from geomreg.precision import common_precision, full_precision, one_number
-from geomreg.regularizers.common import chosen, named_options, summed, unit_rows
+from geomreg.regularizers.common import chosen, summed, unit_rows
 from geomreg.types import Embeddings
 
 __all__ = ["SimilarityKL", "similarity_kl_loss"]
@@ -111,7 +111,6 @@ def similarity_kl_loss(
         return temperature**2 * total / len(z)
 
 
-@named_options
 class SimilarityKL(nn.Module):
     """Module form of :func:`similarity_kl_loss`; takes ``logit_scale=`` and, with ``against="texts"``, a bank ``texts=``.
 

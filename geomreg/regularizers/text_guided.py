@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_bank, check_callable, check_count, check_pair, check_scale, describe
 from geomreg.distributed import weighted_by_rows
 from geomreg.precision import common_precision, full_precision, one_number
-from geomreg.regularizers.common import chosen, named_options, unit_rows
+from geomreg.regularizers.common import chosen, unit_rows
 from geomreg.regularizers.similarity_kl import similarity_kl_loss
 from geomreg.types import Embeddings
 
@@ -131,7 +131,6 @@ def context_embeddings(texts: Tensor) -> Tensor:
     return unit_rows(unit_rows(texts).mean(dim=1))
 
 
-@named_options
 class TextEnergy(nn.Module):
     """Module form of :func:`text_energy_loss`; takes ``logit_scale=`` and either ``texts=`` or draws random texts itself.
 
@@ -229,7 +228,6 @@ class TextEnergy(nn.Module):
         return f"count={self.count}, length={self.length}, seed={self.seed}, normalize={self.normalize}"
 
 
-@named_options
 class ContextKL(nn.Module):
     """Module form of :func:`context_kl_loss`; takes the contexts as ``texts=`` and the live ``logit_scale=``.
 

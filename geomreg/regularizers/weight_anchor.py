@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from geomreg.checks import check_anchors, check_module, check_prefixes
 from geomreg.precision import apply_keeping_fp32, at_least_fp32
-from geomreg.regularizers.common import named_options, summed
+from geomreg.regularizers.common import summed
 from geomreg.types import Embeddings
 
 __all__ = ["WeightAnchor", "fisher_diagonal", "weight_anchor_loss"]
@@ -141,7 +141,6 @@ class _Values(nn.Module):
         return self
 
 
-@named_options
 class WeightAnchor(nn.Module):
     """Module form of :func:`weight_anchor_loss` on a model's live weights; the embeddings are not looked at.
 
