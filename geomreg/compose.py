@@ -34,8 +34,13 @@ class WeightedSum(nn.Module):
         {'avl': 1000.0, 'pvl': 990.0}
     """
 
-    def __init__(self, **terms: tuple[float | Schedule | BalancedWeight, nn.Module]) -> None:
+    def __init__(self, *unnamed: object, **terms: tuple[float | Schedule | BalancedWeight, nn.Module]) -> None:
         super().__init__()
+        if unnamed:
+            raise TypeError(
+                f"WeightedSum: expected name=(weight, regularizer), got {describe(unnamed[0])} without a name. "
+                "Write WeightedSum(dive=(1000.0, DiVE())), say."
+            )
         if not terms:
             raise ValueError("WeightedSum: expected at least one name=(weight, regularizer), got none. Add a term.")
         self.numbers: dict[str, float] = {}  # weights in force of terms with a number or a schedule

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from geomreg.checks import check_count, check_fraction, check_modalities, describe
+from geomreg.checks import check_count, check_dense, check_fraction, check_modalities, describe
 from geomreg.same_weights import Agreement, same_parameters
 from geomreg.schedules import Schedule
 from geomreg.types import Embeddings
@@ -162,6 +162,9 @@ class Teacher(nn.Module):
             embeddings = self.encode(self.model, batch)
         if not isinstance(embeddings, Embeddings):
             raise TypeError(f"Teacher: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. Wrap its result.")
+        for field, value in embeddings._asdict().items():
+            if value is not None:
+                check_dense("Teacher", f"{field} embeddings", value)
         self._agreement.mark(embeddings)
         return embeddings
 
