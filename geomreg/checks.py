@@ -4,6 +4,7 @@ Every message reads ``<callable>: expected <what>, got <value>. <what to do>.``
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -21,6 +22,7 @@ __all__ = [
     "check_axis",
     "check_bank",
     "check_below",
+    "check_call",
     "check_callable",
     "check_choices",
     "check_chunks",
@@ -82,74 +84,81 @@ __all__ = [
 
 
 def describe(value: object) -> str:
-    """Shape and dtype of a tensor, the name of a class, the type's name of anything else."""
+    """Kind, dtype and shape of a tensor, the name of a class, the type's name of anything else."""
     if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
         if value.is_nested:
-            return f"nested {str(value.dtype).removeprefix('torch.')} tensor"
-        layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
-        place = " on meta" if value.device.type == "meta" else ""
-        return f"{layout}{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}{place}"
+            return f"nested {dtype} tensor"
+        kind = "meta " if value.is_meta else "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        return f"{kind}{dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return "None" if value is None else f"{type(value).__name__}"
 
 
-def check_matrix(name: str, label: str, value: object) -> Tensor:
-    """Embeddings: a floating-point tensor ``(B, D)`` with at least one row and column."""
+def check_dense(name: str, what: str, value: object, *, shape: str = "", real: bool = True) -> Tensor:
+    """A tensor whose numbers lie one beside the other, each of 16 bits or more; ``real``: on a device that holds them."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: expected {label} embeddings as a tensor of shape (B, D), got {describe(value)}. {_tensor_of(value, 'Pass a tensor.')}"
-        )
+        inner = _tensor_in(value)
+        hint = f"Take its .{inner}" if inner else "Pass a tensor"
+        raise TypeError(f"{name}: expected {what} as a tensor{shape}, got {describe(value)}. {hint}.")
     if value.is_nested or value.layout != torch.strided:
-        check_dense(name, f"{label} embeddings", value)
+        raise TypeError(f"{name}: expected {what} as a dense tensor, got a {describe(value)}. Call .to_dense(), or pad it.")
+    if value.dtype.itemsize == 1 and value.is_floating_point():
+        raise TypeError(f"{name}: expected {what} of at least 16 bits, got a {describe(value)}. Convert with .float().")
+    if real and value.is_meta:
+        raise TypeError(f"{name}: expected {what} with numbers in it, got a {describe(value)}. Build the model on a real device.")
+    return value
+
+
+def check_matrix(name: str, label: str, value: object, *, real: bool = True) -> Tensor:
+    """Embeddings: a floating-point tensor ``(B, D)`` with at least one row and column."""
+    value = check_dense(name, f"{label} embeddings", value, shape=" of shape (B, D)", real=real)
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(
             f"{name}: expected {label} embeddings of shape (B, D) with B, D >= 1, got {describe(value)}. "
             "Flatten or pool to one vector per sample."
         )
-    return check_dense(name, f"{label} embeddings", value)
-
-
-def _tensor_of(value: object, otherwise: str) -> str:
-    """What to do about a value that is no tensor: outputs of models hold one."""
-    for attribute in ("image_embeds", "text_embeds", "pooler_output", "last_hidden_state"):
-        if isinstance(getattr(value, attribute, None), Tensor):
-            return f"Take its tensor, .{attribute} say."
-    if not isinstance(value, Tensor) and (isinstance(value, (list, tuple)) or hasattr(value, "__array__")):
-        return "Convert with torch.as_tensor()."
-    return otherwise
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point {label} embeddings, got {describe(value)}. Convert with .float().")
+    return value
 
 
 def check_returned(name: str, embeddings: object) -> Embeddings:
-    """What ``encode`` returned: :class:`Embeddings` of tensors."""
+    """What ``encode`` returned: :class:`Embeddings` of dense tensors."""
     if not isinstance(embeddings, Embeddings):
-        hint = _tensor_of(embeddings, "Wrap its result.") if not isinstance(embeddings, tuple) else "Wrap its result."
-        raise TypeError(f"{name}: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. {hint}")
+        inner = _tensor_in(embeddings)
+        hint = f"Take its .{inner} and wrap it" if inner else "Wrap its result"
+        raise TypeError(f"{name}: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. {hint}.")
     for field, value in embeddings._asdict().items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name}: expected encode to return {field} embeddings as a tensor, got {describe(value)}. "
-                f"{_tensor_of(value, 'Pass a tensor.')}"
-            )
+        if value is not None:
+            check_dense(name, f"{field} embeddings", value, real=False)
     return embeddings
+
+
+def _tensor_in(output: object) -> str | None:
+    """Name of the embeddings in an output object, as models of transformers return it."""
+    names = ("image_embeds", "text_embeds", "pooler_output")
+    return next((name for name in names if isinstance(getattr(output, name, None), Tensor)), None)
 
 
 def check_pair(name: str, student: Tensor, teacher: Tensor, modality: str = "", *, same_width: bool = True, other: str = "teacher") -> None:
     """Student and teacher embeddings of the same samples: equal ``(B, D)``, one device, a constant teacher."""
     label = f"{modality} " if modality else ""
-    check_matrix(name, f"{label}student", student)
-    if isinstance(teacher, Tensor) and student.device != teacher.device:
-        raise ValueError(
-            f"{name}: expected {label}student and {other} on one device, got {student.device} and {teacher.device}. "
-            f"Move the {other}'s embeddings."
-        )
-    check_matrix(name, f"{label}{other}", teacher)
+    check_matrix(name, f"{label}student", student, real=False)
+    check_matrix(name, f"{label}{other}", teacher, real=False)
     if len(student) != len(teacher) or (same_width and student.shape != teacher.shape):
         what = "shape" if same_width else "number of rows"
         raise ValueError(
             f"{name}: expected {label}student and {other} embeddings of one {what}, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Embed the same batch with both models."
         )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{name}: expected {label}student and {other} on one device, got {student.device} and {teacher.device}. "
+            f"Move the {other}'s embeddings."
+        )
+    check_dense(name, f"{label}student embeddings", student)
     if teacher.requires_grad:
         raise ValueError(
             f"{name}: expected {label}{other} embeddings without gradient, got a {other} that requires grad. "
@@ -206,7 +215,7 @@ def check_width(name: str, embeddings: Embeddings) -> int:
 
 def check_bank(name: str, label: str, bank: Tensor | None, like: Tensor, *, constant: bool = False) -> Tensor:
     """Embeddings ``(M, D)`` to compare those of a batch with: of its width, on its device."""
-    bank = check_matrix(name, label, bank)
+    bank = check_matrix(name, label, bank, real=False)
     if bank.shape[1] != like.shape[1] or bank.device != like.device:
         raise ValueError(
             f"{name}: expected {label} embeddings of width {like.shape[1]} on {like.device}, got {describe(bank)} on {bank.device}. "
@@ -225,12 +234,35 @@ def check_mask(name: str, label: str, mask: Tensor | None, shape: tuple[int, ...
 
 def check_anchors(name: str, label: str, values: Mapping[str, Tensor], anchors: Mapping[str, Tensor], *, constant: bool = True) -> None:
     """At least one tensor; for each an anchor of its name and shape, without gradient if ``constant``."""
+    for what, given in (("parameters", values), (label, anchors)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{name}: expected {what} as a mapping of names to tensors, got {describe(given)}. Pass a dict.")
     if not values:
         raise ValueError(f"{name}: expected at least one parameter that requires grad, got none. Unfreeze some, or exclude fewer.")
     check_same_keys(f"{name}, {label}", values, anchors)
     for key, anchor in anchors.items():
         if constant and anchor.requires_grad:
             raise ValueError(f"{name}: expected constant {label}, got one that requires grad for {key!r}. Detach and clone them.")
+
+
+def check_call(name: str, parameters: Sequence[inspect.Parameter], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Arguments that a signature without self has: by position only where it allows, no unknown name, none missing."""
+    named = [one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    places = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    takes = f"Its options are {', '.join(named)}" if named else "It has no options"
+    if len(args) > len(places):
+        raise TypeError(f"{name}: expected options by name, got {describe(args[len(places)])} without one. {takes}.")
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        for key in kwargs:
+            if key not in named:
+                near = difflib.get_close_matches(key, named, n=1)
+                raise TypeError(
+                    f"{name}: expected options that it has, got {key}. " + (f"Did you mean {near[0]}?" if near else f"{takes}.")
+                )
+    given = {*places[: len(args)], *kwargs}
+    missing = [one.name for one in parameters if one.name in named and one.default is one.empty and one.name not in given]
+    if missing:
+        raise TypeError(f"{name}: expected {', '.join(missing)}, got no value. Pass {missing[0]}=....")
 
 
 def check_callable(name: str, label: str, value: object, what: str) -> None:
@@ -259,10 +291,11 @@ def check_layers(name: str, layers: Sequence[str], known: Mapping[str, object]) 
 def check_maps(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     """Equally many feature maps, at least one, from student and teacher."""
     for label, value in (("student", student), ("teacher", teacher)):
+        for one in value if isinstance(value, (list, tuple)) else ():
+            if isinstance(one, Tensor):
+                check_dense(name, f"{label} maps", one)
         if not isinstance(value, (list, tuple)) or not all(isinstance(one, Tensor) and one.is_floating_point() for one in value):
             raise TypeError(f"{name}: expected {label} maps as a list of floating-point tensors, got {describe(value)}. Use FeatureMaps.")
-        for one in value:
-            check_dense(name, f"{label} maps", one)
     if len(student) != len(teacher) or not student:
         raise ValueError(f"{name}: expected as many maps from both models, got {len(student)} and {len(teacher)}. Name the same layers.")
 
@@ -314,6 +347,8 @@ def _content(batch: Any) -> str:
 def check_same_rows(name: str, embeddings: Embeddings, rows: int) -> Embeddings:
     """Every modality that is there has one row for each sample."""
     for field, value in embeddings._asdict().items():
+        if value is not None:
+            check_dense(name, f"{field} embeddings", value)
         if value is not None and (value.ndim != 2 or len(value) != rows or not value.is_floating_point()):
             raise ValueError(
                 f"{name}: expected floating-point {field} embeddings of shape ({rows}, D) for {rows} samples, got {describe(value)}. "
@@ -380,6 +415,8 @@ def check_scale(name: str, label: str, value: float | Tensor, *, constant: bool 
 
 def check_mean(name: str, mean: Tensor, width: int) -> None:
     """A mean difference vector: ``(D,)`` or a 0-d zero-like scalar, constant."""
+    if isinstance(mean, Tensor):
+        check_dense(name, "mean", mean)
     if not isinstance(mean, Tensor) or not mean.is_floating_point():
         raise TypeError(f"{name}: expected mean as a floating-point tensor, got {describe(mean)}. Pass torch.zeros({width}) for none.")
     if mean.ndim != 0 and tuple(mean.shape) != (width,):
@@ -423,6 +460,8 @@ def check_pairs_present(name: str, embeddings: Embeddings) -> tuple[Tensor, Tens
         raise ValueError(
             f"{name}: expected image-text pairs, got None for the {lacking} embeddings. Use paired data, or a term without pairs."
         )
+    for field, value in embeddings._asdict().items():
+        check_matrix(name, field, value)
     return embeddings.image, embeddings.text
 
 
@@ -565,6 +604,9 @@ def check_same_keys(name: str, first: Mapping[str, Tensor], second: Mapping[str,
         )
     for key in first:
         one, two = first[key], second[key]
+        for value in (one, two):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor for {key!r}, got {describe(value)}. Pass state dicts of tensors.")
         if one.shape != two.shape or one.is_floating_point() != two.is_floating_point():
             raise ValueError(
                 f"{name}: expected equal shapes and kinds for {key!r}, got {describe(one)} and {describe(two)}. "
@@ -623,7 +665,7 @@ def check_same_samples(
 ) -> None:
     """Finite embeddings, each of at least ``minimum`` samples, on one device; of the same samples if ``same_rows``."""
     for label, value in zip(labels, values, strict=True):
-        check_matrix(name, label, value)
+        check_matrix(name, label, value, real=False)
     shapes, both = " and ".join(str(tuple(value.shape)) for value in values), " and ".join(labels)
     if same_rows and len({len(value) for value in values}) > 1:
         raise ValueError(f"{name}: expected {both} embeddings of the same samples, got shapes {shapes}. Row i of each must be sample i.")
@@ -633,6 +675,7 @@ def check_same_samples(
         devices = " and ".join(str(value.device) for value in values)
         raise ValueError(f"{name}: expected {both} embeddings on one device, got {devices}. Move one of them.")
     for label, value in zip(labels, values, strict=True):
+        check_dense(name, f"{label} embeddings", value)
         check_finite(name, f"{label} embeddings", value)
         check_size(name, label, value)
     if min(len(value) for value in values) < minimum:

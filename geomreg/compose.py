@@ -36,11 +36,13 @@ class WeightedSum(nn.Module):
         {'avl': 1000.0, 'pvl': 990.0}
     """
 
-    def __init__(self, *unnamed: Any, **terms: tuple[float | Schedule | BalancedWeight, nn.Module]) -> None:
+    def __init__(self, *unnamed: object, **terms: tuple[float | Schedule | BalancedWeight, nn.Module]) -> None:
         super().__init__()
         if unnamed:
-            hint = "Write WeightedSum(**terms)." if isinstance(unnamed[0], dict) else "Write WeightedSum(keep=(1.0, term)), say."
-            raise TypeError(f"WeightedSum: expected terms by name, name=(weight, regularizer), got {describe(unnamed[0])} without. {hint}")
+            raise TypeError(
+                f"WeightedSum: expected name=(weight, regularizer), got {describe(unnamed[0])} without a name. "
+                "Write WeightedSum(dive=(1000.0, DiVE())), say."
+            )
         if not terms:
             raise ValueError("WeightedSum: expected at least one name=(weight, regularizer), got none. Add a term.")
         self.numbers: dict[str, float] = {}  # weights in force of terms with a number or a schedule

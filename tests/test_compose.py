@@ -215,19 +215,6 @@ def test_names_that_cannot_be_used(name):
         WeightedSum(**{name: (1.0, FeatureDistillation())})
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (DiVE(), r"got DiVE without\. Write WeightedSum\(keep="),
-        ([(1.0, DiVE())], r"got list without\. Write WeightedSum\(keep="),
-        ({"dive": (1.0, DiVE())}, r"got dict without\. Write WeightedSum\(\*\*terms\)"),
-    ],
-)
-def test_terms_without_a_name(given, message):
-    with pytest.raises(TypeError, match=rf"^WeightedSum: expected terms by name, name=\(weight, regularizer\), {message}"):
-        WeightedSum(given)
-
-
 def test_a_term_in_the_weight_s_place_and_a_class():
     with pytest.raises(TypeError, match=r"^WeightedSum: expected dive=\(weight, regularizer\), got DiVE first\. Write the weight first"):
         WeightedSum(dive=(DiVE(), 1000.0))

@@ -225,9 +225,11 @@ class Output:
     pooler_output: torch.Tensor
 
 
-@pytest.mark.parametrize(("wrap", "what"), [(lambda x: x, "geomreg.Embeddings"), (Embeddings, "image embeddings as a tensor")])
+@pytest.mark.parametrize(
+    ("wrap", "what"), [(lambda x: x, "encode to return geomreg.Embeddings"), (Embeddings, "image embeddings as a tensor")]
+)
 def test_outputs_of_models_are_no_embeddings(wrap, what):
-    with pytest.raises(TypeError, match=rf"^Teacher: expected encode to return {what}, got Output\. Take its tensor, \.pooler_output say"):
+    with pytest.raises(TypeError, match=rf"^Teacher: expected {what}, got Output\. Take its \.pooler_output"):
         Teacher(student_model(), lambda model, batch: wrap(Output(model(batch))))(BATCH)
 
 

@@ -11,6 +11,7 @@ from geomreg.metrics.procrustes import Procrustes, ProcrustesParts, procrustes
 from geomreg.metrics.rsa import RSA, BoundedRSA, RSAInterval, bounded_rsa, rsa, rsa_interval
 from geomreg.metrics.rsa_caches import rsa_of_caches
 from geomreg.metrics.uniformity import AlignmentUniformity, AlignmentUniformityParts, alignment, uniformity
+from geomreg.options import check_options_of
 
 __all__ = [
     "RSA",
@@ -45,3 +46,7 @@ __all__ = [
     "uniformity",
     "zero_shot_bound",
 ]
+
+check_options_of(
+    RSA, AlignmentUniformity, Distortion, Drift, DriftMonitor, LinearCKA, ModalityGap, MutualKNN, Procrustes, ZeroShotAgreement
+)  # fmt: skip

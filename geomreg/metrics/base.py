@@ -1,7 +1,9 @@
 """What the metric classes have in common: how they collect, over batches and processes."""
 
 import copy
+import difflib
 import functools
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -47,6 +49,10 @@ class EmbeddingMetric(Metric):
     _in_call = False
 
     def __init__(self, states: Sequence[str], options: Sequence[str] = (), **kwargs: Any) -> None:
+        own = inspect.signature(type(self)).parameters
+        for key in kwargs:  # of torchmetrics, or misspelled
+            if near := difflib.get_close_matches(key, own, n=1):
+                raise TypeError(f"{type(self).__name__}: expected options that it has, got {key}. Did you mean {near[0]}?")
         super().__init__(**kwargs)
         super().set_dtype(torch.float64)  # of the empty states of a process without samples
         for state in states:

@@ -1,5 +1,6 @@
 """One file per idea: its function first, its Module second."""
 
+from geomreg.options import check_options_of
 from geomreg.regularizers.average_vector import AverageVectorLoss
 from geomreg.regularizers.cyclic import CyclicConsistency
 from geomreg.regularizers.dive import DiVE
@@ -34,3 +35,5 @@ __all__ = [
     "TextEnergy",
     "WeightAnchor",
 ]
+
+check_options_of(*(globals()[name] for name in __all__))

@@ -12,6 +12,7 @@ from geomreg.types import Embeddings
 
 __all__ = ["chosen", "nothing", "pairs", "summed", "unit", "unit_along", "unit_rows"]
 
+
 def unit_rows(value: Tensor) -> Tensor:
     """Each row divided by its L2 norm, in fp32 or wider; a zero row stays zero, and its gradient is zero."""
     with full_precision(value):

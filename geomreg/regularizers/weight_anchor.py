@@ -86,6 +86,7 @@ def fisher_diagonal(model: nn.Module, loss: Callable[[Any, Any], Tensor], batche
     Reference:
         With true labels in the loss: the empirical Fisher; with labels drawn from the model: the Fisher of arXiv 1612.00796.
     """
+    check_module("fisher_diagonal", "model", model)
     parameters = {key: value.detach() for key, value in model.named_parameters() if value.requires_grad}
     if not parameters:
         raise ValueError("fisher_diagonal: expected parameters that require grad, got none. Unfreeze what is to be anchored.")
