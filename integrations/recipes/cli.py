@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import geomreg
 
@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("geomreg: interrupted; files written before stay as they were", file=sys.stderr)
         return 130
     except ImportError as error:
+        if isinstance(error, ValueError):  # jsonargparse, of a class that is not imported
+            print(f"geomreg: {_plain(str(error))}", file=sys.stderr)
+            return 2
         print(f"geomreg: expected the quickstart's packages, got no {error.name}. Run pip install 'geomreg[quickstart]'.", file=sys.stderr)
         return 2
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -38,18 +41,18 @@ def main(arguments: list[str] | None = None) -> int:
             message = message.rpartition(f"\n{type(error).__name__}: ")[2]
         if message.startswith("Does not validate against any of the Union"):  # jsonargparse, of a part that may be null: what it lacks
             message = next((line for line in re.findall(r"^ *- (.*)", message, re.MULTILINE) if "NoneType" not in line), message)
-        print(f"geomreg: {' '.join(message.split())}", file=sys.stderr)
+        print(f"geomreg: {_plain(' '.join(message.split()))}", file=sys.stderr)
         return getattr(error, "status", 2)
 
 
 def _run(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     class Parser(ArgumentParser):  # type: ignore[misc]
         """One line for a wrong option, with the nearest known one."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            line = " ".join(str(message).split())
+            line = _plain(" ".join(str(message).split()))
             if "Got value: Namespace(" in line and (deep := [one for one in arguments if re.match(_OF_ENTRIES, one)]):
                 options, _, rest = deep[0].partition(".options.")
                 example = f"{options}.options '{{\"{rest.partition('=')[0]}\": ...}}'"
@@ -75,6 +78,10 @@ def _run(arguments: list[str]) -> int:
     from geomreg.integrations.recipes.models import Lora
     from geomreg.integrations.recipes.retrieve import RetrieveOptions, retrieve
 
+    owners = [Config, QuickstartOptions, EmbedOptions, EnsembleOptions, RetrieveOptions]
+    allowed = [f"{owner.__module__}.{owner.__qualname__}" for owner in _parts(*owners)]
+    # For the whole process: no value imports anything, nor is one made to an object.
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False)
     commands: dict[str, tuple[Callable[[Any], Any], type[Any], str]] = {
         "quickstart": (quickstart, QuickstartOptions, "plain FLYP against FLYP + DiVE on OpenMoji pictures, a few minutes on a CPU"),
         "finetune": (finetune_from, Config, "fine-tune your own CLIP, with a regularizer that keeps what it knew"),
@@ -102,6 +109,28 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"finetune: expected no run in {given['output']} with --resume never, got one. Choose another folder, or auto.")
     command(options(**{field.name: given[field.name] for field in dataclasses.fields(options)}))
     return 0
+
+
+def _parts(*owners: type[Any]) -> Iterator[type[Any]]:
+    """Dataclasses of options, and those within them."""
+    for owner in owners:
+        yield owner
+        for hint in get_type_hints(owner).values():
+            for one in (hint, *get_args(hint)):
+                if dataclasses.is_dataclass(one) and isinstance(one, type):
+                    yield from _parts(one)
+
+
+def _plain(line: str) -> str:
+    """Messages of jsonargparse that a reader could not place, in words of the options."""
+    if match := re.search(r"[Ii]mporting '([^']*)' is not allowed", line):
+        return f"expected the options of an entry, got {match[1]!r}. Write them one by one: no value here names a class or a module."
+    of_text = re.search(r"^Parser key \"(.*?)\": .*Expected a <class 'str'>.* [Vv]alue: ([^\[{].*?)\.?$", line)
+    of_path = re.search(r"^Parser key \"(.*?)\": Not of type Path: expected str.*, not (\w+)\.?$", line)
+    if found := of_text or of_path:
+        got = found[2] if of_text else f"a value of type {found[2]}"
+        return f"expected {found[1]} as text, got {got}, which is none in YAML. Put it in quotes."
+    return line
 
 
 @contextmanager

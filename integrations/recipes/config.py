@@ -46,7 +46,8 @@ class DataConfig:
         kind: of files: ``csv`` (CSV or TSV of pairs), ``folder`` (a folder for each class), ``imagenet`` (the same, with its class
             names and templates), ``tar`` (WebDataset shards), ``coco``, ``flickr8k``, ``iwildcam``, ``fmow`` (WILDS). Without files:
             ``target``, the target's own images and texts as reference, and ``random_texts``, random tokens.
-        path: of the file or folder, or a pattern of shards.
+        path: of the file or folder, or a pattern of shards. Image paths in files of pairs are taken as written and may lead out of their
+            folder, see the readers; members of shards may not.
         options: of the reader, by name; see its class in :mod:`geomreg.integrations.recipes.data`.
         modalities: of reference data: ``[image]`` or ``[text]`` alone where the method's terms need no more; by default all there are.
         subset: file of ids, one a line, by ``geomreg retrieve`` say: only these samples.
@@ -272,9 +273,10 @@ class Config:
         probe: labelled data that have nothing to do with the target, to watch what is forgotten while the run goes on (drift.jsonl).
         monitor: how, and when to stop.
         trackers: further logs beside metrics.jsonl.
-        strict: a broken image is an error, instead of being replaced by another, counted and listed.
+        strict: a broken sample, one whose image cannot be loaded or whose caption is empty, is an error, instead of being replaced by
+            another, counted and listed.
         device: ``auto`` takes a GPU if there is one; or ``cpu``.
-        dry_run: load everything and take a few steps, write nothing.
+        dry_run: load everything, look at the data, evaluate the base model and take a few steps, write nothing.
     """
 
     model: ModelConfig

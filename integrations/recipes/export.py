@@ -32,7 +32,7 @@ def to_open_clip(
         config: ``{"model_cfg", "preprocess_cfg"}``.
         folder: of the export; an export that is there is replaced.
         head: classifier, where it started, and names of the classes: written beside the model by
-            :func:`~geomreg.integrations.recipes.head.write_head`.
+            :func:`~geomreg.integrations.recipes.head.write_head`; :mod:`geomreg.integrations.recipes.head` says how to load it.
     """
     state = {key: _on_its_own(value) for key, value in model.state_dict().items()}
     for name in ("logit_scale", "logit_bias"):

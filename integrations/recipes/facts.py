@@ -27,9 +27,10 @@ __all__ = [
 
 FILES = 20_000  # image files that are looked for; of more a random part
 SAMPLES = 256  # samples that a dry run loads
-CAPTIONS = 20_000  # captions that are looked at
+CAPTIONS = 10_000  # captions that are looked at
 IN_SHARDS = 2_000  # the same where each has to be read from a shard
 _AT_ONCE = 1024  # texts that are tokenized
+_MARKS = 8  # tokens around a text, or that a tokenizer puts before it, at most
 
 
 @dataclass
@@ -153,19 +154,22 @@ def _cut(texts: list[str], tokenizer: Callable[..., Any] | None, counts: Mapping
 def numbers_cut(texts: Sequence[str], tokenizer: Callable[..., Any]) -> tuple[list[int] | None, int]:
     """Numbers of the texts that lose tokens at the end of the tokenizer's context, and its length; None if that cannot be known.
 
-    A text was cut if twice the context holds more of it: padding, which may be the token of the end, does not count.
+    A text was cut if twice the context holds more of it: padding, which may be the token of the end, does not count. Texts of fewer bytes
+    than the context has places are not asked for: a token stands for a byte at least.
     """
     short = tokenizer([""])
     context, padding = short.shape[1], short[0, -1]
     found: list[int] = []
-    for start in range(0, len(texts), _AT_ONCE):
-        part = list(texts[start : start + _AT_ONCE])
+    long = [k for k, text in enumerate(texts) if len(text.encode("utf-8", "surrogateescape")) + _MARKS > context]
+    for start in range(0, len(long), _AT_ONCE):
+        numbers = long[start : start + _AT_ONCE]
+        part = [texts[k] for k in numbers]
         try:
             longer = tokenizer(part, context_length=2 * context)
         except TypeError:  # a tokenizer of one's own
             return None, context
         lost = (longer != padding).sum(dim=1) > (tokenizer(part) != padding).sum(dim=1)
-        found += (start + lost.nonzero().flatten()).tolist()
+        found += [numbers[k] for k in lost.nonzero().flatten().tolist()]
     return found, context
 
 

@@ -1,4 +1,25 @@
-"""A linear classifier on the image embeddings: its start, where it is kept, and how it is written."""
+"""A linear classifier on the image embeddings: its start, where it is kept, and how it is written.
+
+An exported model with a head, ``model``, ``best`` or an ensemble of a run that trained one, holds ``head.safetensors``: ``weight``
+(C, D) and ``bias`` (C,) on unit image embeddings, and ``start.weight`` and ``start.bias``, the zero-shot head of the base model. Row c
+belongs to the c-th name in ``classes.json``. With open_clip and safetensors alone it is used so::
+
+    import json
+    import open_clip
+    import torch
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:runs/mine/model")
+    head = load_file("runs/mine/model/head.safetensors")
+    classes = json.load(open("runs/mine/model/classes.json", encoding="utf-8"))
+    with torch.no_grad():
+        image = model.eval().encode_image(preprocess(Image.open("picture.png"))[None], normalize=True)
+        logits = image @ head["weight"].T + head["bias"]
+    print(classes[logits.argmax().item()])
+
+:func:`load_head` gives it as two ``nn.Linear`` and the names.
+"""
 
 import json
 from collections.abc import Sequence

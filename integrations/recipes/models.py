@@ -63,7 +63,7 @@ class ModelConfig:
     Attributes:
         name: of an open_clip model, a folder with open_clip_config.json and weights, or ``emojiclip``, the quickstart's small CLIP.
         pretrained: tag or file of the weights; not for a folder.
-        learning_rates: lowest and highest that are usual for this model; a learning rate far above warns.
+        learning_rates: lowest and highest that are usual for this model; a learning rate far above or below warns.
         frozen: towers (``"image"``, ``"text"``) or prefixes of parameter names that are not trained.
         logit_scale: trained or frozen.
         max_logit_scale: clamp it after each step (CLIP's 100); None: FLYP does not.

@@ -61,7 +61,7 @@ class IWildCam(Dataset[dict[str, Any]]):
     (``y``, ``category_id``, ``name``) is not read there; its columns are those that other programs use, and rows with ``y`` 99999, which
     FLYP skips, are skipped.
 
-    **Ids** are the file names.
+    **Ids** are the file names, which are taken as written: ``..`` leads out of ``root``.
 
     Args:
         root: folder ``iwildcam_v2.0``.

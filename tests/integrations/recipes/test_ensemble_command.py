@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes import ensemble as module
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.models import load
@@ -63,3 +64,28 @@ def test_a_damaged_head_is_one_line(finetuned, tmp_path, capsys):
     assert main(["ensemble", *arguments]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"geomreg: load_head: expected a head in \S*/head\.safetensors, got a damaged file \(.*\n", error)
+
+
+def test_no_model_is_lost_without_asking(finetuned, tmp_path, capsys, monkeypatch):
+    """It refuses before anything is loaded, and writes none of several shares of which one is there."""
+    arguments = ["ensemble", "--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    (tmp_path / "out" / "alpha-0.25").mkdir(parents=True)  # empty: nothing to lose
+    assert main([*arguments, "--alpha", "0.25"]) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for alpha in ("0.25", "[0.75, 0.25]"):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "load", None)
+            assert main([*arguments, "--alpha", alpha]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"geomreg: ensemble: expected no model in {tmp_path}/out/alpha-0.25, got one. Pass --overwrite true to replace it, or another "
+            "output."
+        )
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == files
+    with torch.no_grad():
+        loaded = load(str(finetuned))
+        for value in loaded.model.parameters():
+            value.add_(1.0)
+    to_open_clip(loaded.model, loaded.config, finetuned)
+    assert main([*arguments, "--alpha", "0.25", "--overwrite", "true"]) == 0
+    assert (tmp_path / "out" / "alpha-0.25" / "open_clip_model.safetensors").read_bytes() not in files.values()
