@@ -39,7 +39,17 @@ from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.passes import ON_PARAMETERS
 from geomreg.integrations.recipes.records import Log, as_json, check_folder, check_trackers, claim, release, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
-from geomreg.integrations.recipes.streams import CONTEXTS, Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
+from geomreg.integrations.recipes.streams import (
+    CONTEXTS,
+    Stream,
+    bank_of_contexts,
+    bank_of_texts,
+    class_tokens,
+    data_of,
+    look,
+    print_conversions,
+    read,
+)
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
@@ -90,13 +100,17 @@ def _finetune_from(config: Config) -> Path:
     run = _Run(config, accelerator)
     evaluation = _Evaluation(run)
     monitor = _monitor(run)
-    if config.dry_run:
-        _try(run)
-        return config.output
-    run.try_samples()
     data = {name: stream.dataset for name, stream in run.streams.items()}
     data |= {f"evaluation.{name}": dataset for name, dataset in evaluation.data.items()}
-    claim(config, accelerator, data if monitor is None else {**data, "probe": monitor.dataset})
+    data |= {} if monitor is None else {"probe": monitor.dataset}
+    if config.dry_run:
+        _try(run)
+        for dataset in data.values() if accelerator.is_main_process else ():
+            look(dataset, config.train.workers)
+        print_conversions(data, accelerator)
+        return config.output
+    run.try_samples()
+    claim(config, accelerator, data)
     log = Log(config, run.settings.steps, accelerator)
 
     def on_step(entry: dict[str, float]) -> None:
@@ -135,6 +149,8 @@ def _finetune_from(config: Config) -> Path:
             options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
             (mixture,) = ensemble(EnsembleOptions(*options))
         evaluation.report(mixture)
+    print_conversions(data, accelerator)
+    if accelerator.is_main_process:
         print(config.output / "model")
     accelerator.wait_for_everyone()
     return config.output / "model"
@@ -148,7 +164,7 @@ class _Run:
         self.config, self.accelerator = config, accelerator
         self.checkpoints = config.output / "checkpoints"
         _check_learning_rate(config)
-        self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop)
+        self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop, images=config.images)
         self.model = self.loaded.model
         if config.transformers:
             check_plain(self.model, self.loaded.config["model_cfg"])
