@@ -132,7 +132,7 @@ def check_returned(name: str, embeddings: object) -> Embeddings:
         raise TypeError(f"{name}: expected encode to return geomreg.Embeddings, got {describe(embeddings)}. {hint}.")
     for field, value in embeddings._asdict().items():
         if value is not None:
-            check_dense(name, f"{field} embeddings", value, real=False)
+            check_dense(name, f"{field} embeddings", value)
     return embeddings
 
 

@@ -19,6 +19,7 @@ from geomreg.integrations.recipes.data import (
     RandomTexts,
     TarPairs,
 )
+from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.models import ModelConfig
 from geomreg.integrations.recipes.train import RECORDED
 
@@ -273,6 +274,7 @@ class Config:
         probe: labelled data that have nothing to do with the target, to watch what is forgotten while the run goes on (drift.jsonl).
         monitor: how, and when to stop.
         trackers: further logs beside metrics.jsonl.
+        images: how the image files of all these data are read: orientation, transparency, more than 8 bits.
         strict: a broken sample, one whose image cannot be loaded or whose caption is empty, is an error, instead of being replaced by
             another, counted and listed.
         device: ``auto`` takes a GPU if there is one; or ``cpu``.
@@ -294,6 +296,7 @@ class Config:
     probe: DataConfig | None = None
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    images: ImageConfig = field(default_factory=ImageConfig)
     strict: bool = False
     device: Literal["auto", "cpu"] = "auto"
     dry_run: bool = False

@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 
 from geomreg.cache import EmbeddingCache
 from geomreg.integrations.recipes.config import DataConfig
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
+from geomreg.integrations.recipes.data.counted import Counted, conversions
+from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.models import Model, load
 from geomreg.integrations.recipes.streams import read
 from geomreg.integrations.recipes.train import Batch, encode
@@ -54,6 +57,7 @@ class Options:
         root: folder of relative image paths (CSV).
         class_names: JSON or CSV file from folder to class name (folders).
         templates: texts with {} for the class name (folders).
+        images: how image files are read: orientation, transparency, more than 8 bits. The cache is for runs with the same options.
         strict: stop at an image that cannot be read, instead of leaving it out.
         check: samples that are embedded again at the end and compared; 0 for none. Files that were replaced under the same name
             are found among these only.
@@ -78,6 +82,7 @@ class Options:
     root: Path | None = None
     class_names: Path | None = None
     templates: tuple[str, ...] = ("a photo of a {}.",)
+    images: ImageConfig = field(default_factory=ImageConfig)
     strict: bool = False
     check: int = 64
 
@@ -103,7 +108,7 @@ def embed_data(options: Options) -> EmbeddingCache:
     device = state.device if options.device == "auto" else torch.device(options.device)
     if device.type != state.device.type:
         raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')
-    loaded = load(options.model, options.pretrained)
+    loaded = load(options.model, options.pretrained, images=options.images)
     modalities = ("image", "text") if options.modality == "both" else (options.modality,)
     dataset = _data(options, loaded, modalities)
     precision = _PRECISIONS[options.precision]
@@ -129,6 +134,7 @@ def embed_data(options: Options) -> EmbeddingCache:
         if options.check:
             cache.verify(teacher, dataset, options.check, tolerance=1e-3 if precision is None else 2e-2, **loading)
         print(cache)
+    _say_converted(dataset, state)
     state.wait_for_everyone()
     return cache
 
@@ -139,7 +145,7 @@ def _data(options: Options, loaded: Model, modalities: tuple[str, ...]) -> Any:
         found = DataConfig(options.kind, str(options.data), options.options)
         return read(found, loaded, transform=transform, modalities=modalities, strict=options.strict)
     if options.data.is_dir():
-        return LabelledFolder(
+        folder = LabelledFolder(
             options.data,
             transform=transform,
             tokenizer=tokenizer,
@@ -148,8 +154,16 @@ def _data(options: Options, loaded: Model, modalities: tuple[str, ...]) -> Any:
             strict=options.strict,
             modalities=modalities,
         )
+        return Counted(folder)
     keys = {key: getattr(options, key) for key in (*_OF_PAIRS, "strict")}
-    return CsvPairs(options.data, transform=transform, tokenizer=tokenizer, modalities=modalities, **keys)
+    return Counted(CsvPairs(options.data, transform=transform, tokenizer=tokenizer, modalities=modalities, **keys))
+
+
+def _say_converted(dataset: Any, state: PartialState) -> None:
+    """What was converted in the images that were read now, by all processes."""
+    others = gather_object([dataset.notes.numpy()]) if state.num_processes > 1 and isinstance(dataset, Counted) else []
+    if state.is_main_process and (said := conversions(dataset, others)):
+        print(said)
 
 
 def _list_skipped(cache: EmbeddingCache, dataset: Any, path: Path) -> None:

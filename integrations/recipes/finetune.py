@@ -38,7 +38,16 @@ from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.passes import ON_PARAMETERS
 from geomreg.integrations.recipes.records import Log, as_json, check_folder, check_trackers, claim, release, whole_lines
 from geomreg.integrations.recipes.shard import Sharded, check_launch
-from geomreg.integrations.recipes.streams import CONTEXTS, Stream, bank_of_contexts, bank_of_texts, class_tokens, data_of, read
+from geomreg.integrations.recipes.streams import (
+    CONTEXTS,
+    Stream,
+    bank_of_contexts,
+    bank_of_texts,
+    class_tokens,
+    data_of,
+    print_conversions,
+    read,
+)
 from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
 from geomreg.integrations.recipes.trial import LIMIT, base_lines, check_batches, check_learning_rate, take_steps
 from geomreg.shards import write_file
@@ -90,14 +99,16 @@ def _finetune_from(config: Config) -> Path:
     run = _Run(config, accelerator)
     evaluation = _Evaluation(run)
     monitor = _monitor(run)
+    watched = _watched(evaluation, monitor)
+    data = {**{name: stream.dataset for name, stream in run.streams.items()}, **watched}
     if config.dry_run:
         _try(run, evaluation, monitor)
+        print_conversions(data, accelerator)
         return config.output
     run.try_samples()
-    watched = _watched(evaluation, monitor)
     facts = facts_of(run.streams, watched, run.loaded.tokenizer, load=False)
     check_broken(facts, run.streams, run.settings.steps)
-    claim(config, accelerator, {**{name: stream.dataset for name, stream in run.streams.items()}, **watched})
+    claim(config, accelerator, data)
     log = Log(config, run.settings.steps, accelerator)
 
     def on_step(entry: dict[str, float]) -> None:
@@ -137,6 +148,8 @@ def _finetune_from(config: Config) -> Path:
             (mixture,) = ensemble(EnsembleOptions(*options, overwrite=True))
         print_table(table_of(facts, run.streams))
         evaluation.report(mixture)
+    print_conversions(data, accelerator)
+    if accelerator.is_main_process:
         print(config.output / "model")
     accelerator.wait_for_everyone()
     return config.output / "model"
@@ -151,7 +164,7 @@ class _Run:
         self.checkpoints = config.output / "checkpoints"
         check_learning_rate(config)
         check_batches(config)
-        self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop)
+        self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop, images=config.images)
         self.model = self.loaded.model
         if config.transformers:
             check_plain(self.model, self.loaded.config["model_cfg"])

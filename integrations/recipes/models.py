@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_positive
 from geomreg.gradients import reached
 from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.data.rgb import ImageConfig, Preprocessing
 
 __all__ = [
     "Lora",
@@ -96,9 +97,10 @@ class Model:
 
     Attributes:
         model: open_clip model in evaluation mode.
-        config: open_clip's configuration, ``{"model_cfg", "preprocess_cfg"}``.
+        config: open_clip's configuration, ``{"model_cfg", "preprocess_cfg"}``, and at ``"images"`` how image files are read, which
+            open_clip does not look at.
         train_transform: PIL image to tensor with open_clip's crops.
-        transform: PIL image to tensor, of evaluation.
+        transform: PIL image to tensor, of evaluation. Both take images as ``PIL.Image.open`` gives them.
         tokenizer: list of texts to ``(N, L)`` token ids.
     """
 
@@ -114,13 +116,14 @@ def model_folder() -> Path:
     return Path(str(resources.files("geomreg.integrations.quickstart") / "model"))
 
 
-def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] = (0.9, 1.0)) -> Model:
+def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] = (0.9, 1.0), images: ImageConfig | None = None) -> Model:
     """A pre-trained open_clip model by name, or from a folder.
 
     Args:
         name: one of ``open_clip.list_models()``, ``hf-hub:...``, a folder, or ``emojiclip``.
         pretrained: tag or file of the weights; not for a folder or a hub.
         crop: scale of the random crops in training; FLYP's.
+        images: how image files are read; by default as the folder of an exported model says, or by the defaults.
 
     Raises:
         ValueError: an unknown name, no weights, or weights beside a folder; a damaged configuration.
@@ -134,7 +137,9 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
             raise ValueError(f"load: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
         name = f"local-dir:{folder}"
         try:
-            config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+            written = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+            config = written["model_cfg"]
+            images = images or ImageConfig(**written.get("images", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"load: expected open_clip_config.json with model_cfg in {folder}, got {error}. Export the model anew."
@@ -169,7 +174,10 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     preprocess = open_clip.get_model_preprocess_cfg(model)
     described = {"model_cfg": config, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
-    return Model(model.float().eval(), described, train_transform, transform, open_clip.get_tokenizer(name))
+    images = (images or ImageConfig()).resolved(preprocess["fill_color"])
+    described["images"] = asdict(images)
+    transforms = (Preprocessing(one, images) for one in (train_transform, transform))
+    return Model(model.float().eval(), described, *transforms, open_clip.get_tokenizer(name))
 
 
 def freeze(model: nn.Module, config: ModelConfig) -> nn.Module:

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from geomreg.integrations.recipes.config import Config
+from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.data.strings import fingerprint
 from geomreg.integrations.recipes.files import read_json, writing
 from geomreg.locking import Lock
@@ -32,6 +33,7 @@ _CHANGES_NOTHING = re.compile(
     r"output|device|trackers|transformers|ensemble|train\.(workers|save_every)|model\.learning_rates"
     r"|(target|reference|texts|probe|evaluation\..+)\.(path|subset|captions|options\.root)"  # the data themselves are compared
 )
+_IMAGES_BEFORE = dataclasses.asdict(ImageConfig(loader="open_clip"))  # of runs of versions that had no options for them
 _LOCKS: list[Lock] = []  # of the folder that this process has claimed
 
 
@@ -48,7 +50,7 @@ def check_folder(config: Config) -> None:
         raise FileExistsError(f"finetune: expected output as a folder, got the file {config.output}. Choose another.")
     file = config.output / "config.json"
     if file.is_file():
-        before = read_json("finetune", file, dict, "the configuration of a run", _ADVICE)
+        before = {"images": _IMAGES_BEFORE, **read_json("finetune", file, dict, "the configuration of a run", _ADVICE)}
         if differing := _differing(before, _resolved(config)):
             name, old, new = differing
             raise ValueError(

@@ -1,23 +1,25 @@
 """The data of a run: endless batches of its target and reference, and banks of texts."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from geomreg.integrations.recipes.config import LABELLED, READERS, Config, DataConfig
 from geomreg.integrations.recipes.data import Captioned, LabelledPairs, RandomTexts, Subset
+from geomreg.integrations.recipes.data.counted import Counted, conversions
 from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
 from geomreg.integrations.recipes.models import Model
 from geomreg.integrations.recipes.train import Banks, Batches
 from geomreg.regularizers.text_guided import context_embeddings
 from geomreg.teacher import Teacher
 
-__all__ = ["CONTEXTS", "Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "data_of", "read"]
+__all__ = ["CONTEXTS", "Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "data_of", "print_conversions", "read"]
 
 CONTEXTS = ("a photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a drawing of a {}.", "a close-up photo of a {}.")
 """Of CLIP's 80 templates, the choice is ours: contexts where a target has one template alone."""
@@ -33,7 +35,10 @@ def read(
     labelled: bool = False,
     strict: bool = False,
 ) -> Any:
-    """The configured data set, with ``modalities`` in its samples; ``labelled`` makes classes of the captions of pairs."""
+    """The configured data set, with ``modalities`` in its samples; ``labelled`` makes classes of the captions of pairs.
+
+    With images it is one whose conversions are counted.
+    """
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     if config.kind == "random_texts":
         return RandomTexts(loaded.tokenizer, **options)
@@ -42,7 +47,9 @@ def read(
     dataset = reader(config.path, transform=transform, tokenizer=loaded.tokenizer, modalities=modalities, **options)
     if config.captions is not None:
         dataset = Captioned(dataset, config.captions, tokenizer=loaded.tokenizer)
-    return dataset if config.subset is None else Subset(dataset, config.subset)
+    if config.subset is not None:
+        dataset = Subset(dataset, config.subset)
+    return Counted(dataset) if "image" in modalities else dataset
 
 
 def class_tokens(dataset: Any, loaded: Model, templates: Sequence[str] = ()) -> Tensor:
@@ -55,6 +62,14 @@ def data_of(config: Config, data: DataConfig | None) -> DataConfig | None:
     if data is not None and data.kind == "target":
         return DataConfig(config.target.kind, config.target.path, config.target.options, data.modalities, config.target.subset)
     return data
+
+
+def print_conversions(data: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """By the main process a line for each data set in whose images something was converted; all processes must call it."""
+    for name, dataset in data.items():
+        others = gather_object([dataset.notes.numpy()]) if accelerator.num_processes > 1 and isinstance(dataset, Counted) else []
+        if accelerator.is_main_process and (said := conversions(dataset, others)):
+            print(f"{name}: {said}")
 
 
 class Stream:

@@ -8,6 +8,7 @@ from geomreg.integrations.recipes.data.folder import LabelledFolder
 from geomreg.integrations.recipes.data.imagenet import ImageNet
 from geomreg.integrations.recipes.data.pairs import CsvPairs, LabelledPairs
 from geomreg.integrations.recipes.data.random_texts import RandomTexts
+from geomreg.integrations.recipes.data.rgb import ImageConfig, Preprocessing
 from geomreg.integrations.recipes.data.subset import Subset
 from geomreg.integrations.recipes.data.tar import TarPairs
 from geomreg.integrations.recipes.data.wilds import FMoW, IWildCam
@@ -19,9 +20,11 @@ __all__ = [
     "FMoW",
     "Flickr8k",
     "IWildCam",
+    "ImageConfig",
     "ImageNet",
     "LabelledFolder",
     "LabelledPairs",
+    "Preprocessing",
     "RandomTexts",
     "Subset",
     "TarPairs",

@@ -24,7 +24,8 @@ def collate(samples: Iterable[dict[str, Any]], rows: int | None = None) -> dict[
 
     Returns:
         dict: ``"id"``, the list of the B ids of samples that are not broken; for each of their keys a tensor ``(B, ...)``, none
-        if all are broken; ``"broken"``, the list of the other samples' messages, empty as a rule.
+        if all are broken; ``"broken"``, the list of the other samples' messages, empty as a rule. What readers say at
+            ``"converted"`` of an image is left out: :class:`~geomreg.integrations.recipes.data.counted.Counted` counts it.
 
     Raises:
         ValueError: samples with different keys or shapes.
@@ -40,7 +41,7 @@ def collate(samples: Iterable[dict[str, Any]], rows: int | None = None) -> dict[
         if "broken" in sample:
             broken.append(sample["broken"])
             continue
-        described = {key: describe(value) for key, value in sample.items() if key != "id"}
+        described = {key: describe(value) for key, value in sample.items() if key not in ("id", "converted")}
         if not ids:
             first = described
             stacks = {key: _room(key, sample, rows) for key in first}

@@ -28,8 +28,10 @@ class CsvPairs(Dataset[dict[str, Any]]):
     """Image-text pairs of a CSV or TSV file with a header; the files of FLYP and open_clip as they are.
 
     Sample i is ``{"id": str, "image": transform(image), "text": (L,) int64}`` with the asked modalities only, and
-    ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded, or its caption is empty. Images are loaded as
-    torchvision does: ``convert("RGB")``, without EXIF orientation, within PIL's limit against decompression bombs.
+    ``{"id", "broken": "<path>: <reason>"}`` if its image is missing or cannot be decoded, or its caption is empty. Images are
+    read upright, blended on white where they are transparent, and scaled from more than 8 bits, or as the ``images`` of a
+    :class:`~geomreg.integrations.recipes.data.rgb.Preprocessing` say: open_clip's loader is one of its options. What was converted is
+    at ``"converted"``, where something was. PIL's limit against decompression bombs stays as it is set.
 
     **Ids** are those of the id column, which must be unique. Without one they are the image paths as written, and ``path#1``,
     ``path#2``, ... for further rows with the same image: unique, and the same after captions were edited. Without images they

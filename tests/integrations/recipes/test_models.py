@@ -1,6 +1,7 @@
 """Models as they are configured, and exports that others load."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import CLIPModel
 from geomreg import Teacher
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes.data import ImageConfig
 from geomreg.integrations.recipes.export import to_open_clip, to_transformers
 from geomreg.integrations.recipes.models import Lora, Model, ModelConfig, clamp_logit_scale, freeze, freeze_unreached, load, merge_adapters
 from geomreg.integrations.recipes.train import encode
@@ -49,7 +51,7 @@ def test_load_from_a_folder(tmp_path):
     to_open_clip(one, CONFIG, tmp_path / "model")
     loaded = load(str(tmp_path / "model"))
     assert not loaded.model.training
-    assert loaded.config == CONFIG
+    assert loaded.config == {**CONFIG, "images": dataclasses.asdict(ImageConfig())}
     for found, expected in zip(encode(loaded.model, BATCH), encode(one, BATCH), strict=True):
         assert torch.equal(found, expected)
     assert loaded.tokenizer(["a text"]).shape == (1, 10)

@@ -1,4 +1,4 @@
-"""Images as torchvision loads them, and a reason for each that cannot be loaded."""
+"""Images from files and from their content, and a reason for each that cannot be loaded."""
 
 import os
 
@@ -9,6 +9,7 @@ from samples import DAMAGES, damage, to_tensor, write_image
 from torchvision.datasets.folder import pil_loader
 
 from geomreg.integrations.recipes.data.images import image_sample, load_rgb
+from geomreg.integrations.recipes.data.rgb import ImageConfig
 
 
 @pytest.mark.parametrize(
@@ -27,16 +28,20 @@ from geomreg.integrations.recipes.data.images import image_sample, load_rgb
 )
 def test_same_pixels_as_torchvision(mode, color, suffix, tmp_path):
     path = str(write_image(tmp_path / f"x.{suffix}", color, mode=mode))
-    assert load_rgb(path).mode == "RGB"
-    assert torch.equal(to_tensor(load_rgb("nowhere", (tmp_path / f"x.{suffix}").read_bytes())), to_tensor(load_rgb(path)))
-    assert torch.equal(to_tensor(load_rgb(path)), to_tensor(pil_loader(path)))
+    for images in (None, ImageConfig(loader="open_clip")):
+        assert load_rgb(path, images=images).mode == "RGB"
+        content = (tmp_path / f"x.{suffix}").read_bytes()
+        assert torch.equal(to_tensor(load_rgb("nowhere", content, images)), to_tensor(load_rgb(path, images=images)))
+        if images is not None or mode not in ("I;16", "LA", "RGBA"):
+            assert torch.equal(to_tensor(load_rgb(path, images=images)), to_tensor(pil_loader(path)))
 
 
-def test_exif_orientation_is_not_applied(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image, exif = Image.new("RGB", (6, 2)), Image.Exif()
     exif[0x0112] = 6  # quarter turn
     image.save(tmp_path / "x.jpg", exif=exif)
-    assert load_rgb(str(tmp_path / "x.jpg")).size == (6, 2)
+    assert load_rgb(str(tmp_path / "x.jpg")).size == (2, 6)
+    assert load_rgb(str(tmp_path / "x.jpg"), images=ImageConfig(loader="open_clip")).size == (6, 2)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
