@@ -24,6 +24,11 @@ def nothing(size: Tensor) -> Tensor:
     return size < 4 * torch.finfo(size.dtype).tiny
 
 
+def _largest_power(dtype: torch.dtype) -> int:
+    """Of two, whose inverse is a normal number."""
+    return int(math.log2(torch.finfo(dtype).max)) - 2
+
+
 def unit_along(value: Tensor, axis: int, eps: float = 0.0) -> Tensor:
     """``value / (norm + eps)`` with norms along an axis, of any size: squares neither overflow nor vanish.
 
@@ -31,9 +36,8 @@ def unit_along(value: Tensor, axis: int, eps: float = 0.0) -> Tensor:
     """
     size = torch.linalg.vector_norm(value.detach(), ord=math.inf, dim=axis, keepdim=True)
     there = ~nothing(size)  # true of NaN
-    # by a power of two nothing is rounded; by 0 where there is no direction
-    power = 1 - torch.frexp(torch.where(there & size.isfinite(), size, 1.0)).exponent.clamp(max=127)
-    scale = torch.ldexp(there.to(value.dtype), power)
+    power = torch.log2(torch.where(there & size.isfinite(), size, 1.0)).floor().clamp(max=_largest_power(value.dtype))
+    scale = there * torch.exp2(-power)  # by a power of two nothing is rounded; by 0 where there is no direction
     scaled = scale * value
     norm: Tensor = torch.linalg.vector_norm(torch.where(there, scaled, 1.0), dim=axis, keepdim=True)
     return scaled / (norm + eps * scale)
