@@ -33,7 +33,7 @@ def nearest_rows(
     asked = min(k + SPARE, len(bank))
     near, rows = search(queries, bank, asked)
     lengths = queries.double().norm(dim=1) * torch.linalg.vector_norm(bank, dim=1, dtype=torch.float64).max()
-    error = lengths * (_ROUNDING[torch.get_float32_matmul_precision()] + (bank.shape[1] + 2) * 2.0**-24)  # the largest of a product
+    error = lengths * (_rounding() + (bank.shape[1] + 2) * 2.0**-24)  # the largest of a product
     least = torch.maximum(near[:, k - 1].double() - 2 * error, floor.double() - error)[:, None]
     query, place = _not_below(near, least).unbind(dim=1)
     scores = torch.full_like(near, -torch.inf)
@@ -60,6 +60,14 @@ def _among_all(queries: Tensor, bank: Tensor, k: int, least: Tensor) -> tuple[Te
     kept = rank < k
     scores[query[kept], rank[kept]], rows[query[kept], rank[kept]] = products[order][kept], row[order][kept]
     return scores, rows
+
+
+def _rounding() -> float:
+    """Relative error of the factors of a matrix product in fp32, at most."""
+    try:
+        return _ROUNDING[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # set by torch.backends.*.fp32_precision, for which there is no one answer
+        return max(_ROUNDING.values())
 
 
 def _not_below(values: Tensor, least: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def data_facts(name: str, dataset: Any, tokenizer: Callable[..., Any] | None, *,
         _add(facts, *sample_facts(dataset))
     if passed := getattr(dataset, "passed_over", None):
         facts.lines.append("passed over: " + ", ".join(f"{count:,} {what} ({first})" for what, (count, first) in passed.items()))
-    if hasattr(whole, "lacking") and any(lacking := whole.lacking().values()):
+    if hasattr(whole, "lacking") and len(whole) == len(dataset) and any(lacking := whole.lacking().values()):
         facts.lines.append("shards: " + ", ".join(f"{count:,} samples without {what}" for what, count in whole.lacking().items() if count))
         facts.broken.append((max(lacking), len(whole), "a sample of a shard without image or caption"))
     if of_texts and hasattr(dataset, "class_texts") and not hasattr(whole, "caption"):

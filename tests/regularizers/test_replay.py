@@ -10,6 +10,7 @@ from golden_cases import cases, check, leaves, name_of, tensor
 
 from geomreg import ContrastiveReplay, Embeddings, blocked
 from geomreg.functional import contrastive_loss, retrieve_anchors, sigmoid_contrastive_loss
+from geomreg.regularizers import replay
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,28 @@ def test_equal_rows_are_taken_in_order_whatever_finds_them(k, width):
             found = retrieve_anchors(queries, bank, k, chunk_size=chunk_size, backend=backend)
             assert torch.equal(found[1], rows[:, :k]), (backend, chunk_size)
             assert torch.equal(found[0], scores[:, :k]), (backend, chunk_size)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium", None])
+def test_retrieval_with_rough_matrix_products(precision, monkeypatch):
+    """Those that a GPU makes: here of factors that are rounded; also where torch does not say how roughly."""
+    queries, bank = (F.normalize(torch.randn(n, 33, generator=torch.Generator().manual_seed(n)), dim=1) for n in (6, 400))
+    exact = (queries.double() @ bank.double().T).float().sort(dim=1, descending=True, stable=True)
+
+    def rough(queries, bank, k):
+        values = queries.bfloat16().float() @ bank.bfloat16().float().T if precision != "high" else queries @ bank.T
+        return tuple(values.topk(k, dim=1))
+
+    def asked():
+        if precision is None:
+            raise RuntimeError("set otherwise")
+        return precision
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", asked)
+    monkeypatch.setattr(replay, "_torch_search", rough)
+    scores, rows = retrieve_anchors(queries, bank, 5, chunk_size=150, backend="torch")
+    assert torch.equal(rows, exact.indices[:, :5])
+    torch.testing.assert_close(scores, exact.values[:, :5])
 
 
 @pytest.mark.parametrize("backend", ["torch", "faiss"])

@@ -98,6 +98,10 @@ def test_of_shards(tmp_path):
         "shards: 1 samples without image, 1 samples without text",
         "captions, all 3: 1 empty, none repeated, none cut at 6 tokens",
     ]
+    (tmp_path / "ids.txt").write_text("x/a")
+    part = data_facts("target", Subset(data, tmp_path / "ids.txt"), padded_with_the_end, of_texts=True, load=True)
+    assert part.share == 0  # what the whole lacks is no fault of a part
+    assert part.lines[-1] == "captions, all 1: none empty, none repeated, none cut at 6 tokens"
 
 
 def test_of_random_texts():
