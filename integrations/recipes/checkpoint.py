@@ -61,6 +61,9 @@ def write(folder: Path, name: str, value: Any) -> None:
 def publish(partial: Path, *, keep: int | None = None) -> Path:
     """Give a checkpoint its checksums and its name, when all processes have written; then remove all but the ``keep`` newest."""
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    for path in partial.iterdir():  # what a killed process was writing with
+        if path.suffix not in (".json", ".safetensors"):
+            path.unlink()
     with writing("finetune", file := partial / _CHECKSUMS):
         files = {path.name: _digest(path) for path in sorted(partial.iterdir()) if path.name != _CHECKSUMS}
         file.write_text(json.dumps({"files": files, "checksum": _checksum(files)}, indent=1), encoding="utf-8")

@@ -146,6 +146,14 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
             raise RuntimeError(
                 f"load: expected whole weights of {pretrained or name}, got a damaged file ({error}). Copy it anew."
             ) from error
+        except Exception as error:  # open_clip and torch raise of every kind where a configuration is impossible
+            if not folder.is_dir():
+                raise
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"load: expected {folder / 'open_clip_config.json'} to describe the model whose weights are beside it, got {said:.200}. "
+                "Export or copy the model anew."
+            ) from error
     if any("QuickGELU" in str(one.message) for one in caught):
         raise ValueError(
             f"load: expected the activation that the weights {pretrained!r} were trained with, got {name}'s. Use the model "

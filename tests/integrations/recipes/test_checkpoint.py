@@ -134,5 +134,7 @@ def test_any_bit_of_a_checkpoint_counts(tmp_path):
         checkpoint.latest(tmp_path)
     folder = checkpoint.begin(tmp_path, 1)
     checkpoint.write(folder, "model", {})
+    (folder / ".tmpAbCdEf").write_bytes(b"half")  # safetensors', of a process that was killed
     checkpoint.publish(folder, keep=1)  # the run has gone back
+    assert {path.name for path in checkpoint.latest(tmp_path).iterdir()} == {"model.json", "checksums.json"}
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000000001"]
