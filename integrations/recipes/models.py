@@ -118,6 +118,9 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
             raise ValueError(f"load: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
         if not (folder / "open_clip_config.json").is_file():
             raise ValueError(f"load: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
+        weights = (path for path in folder.iterdir() if path.name != "head.safetensors")
+        if not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in weights):  # open_clip would begin at random
+            raise ValueError(f"load: expected weights in the model's folder {name}, got none. Export or copy the model there.")
         name = f"local-dir:{folder}"
         try:
             config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
