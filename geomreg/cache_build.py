@@ -24,7 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from geomreg.checks import check_count, describe
 from geomreg.locking import Lock
-from geomreg.shards import DTYPES, Shard, Table, id_hashes, read_json, shard_name, write_file, write_index, write_json, write_shard
+from geomreg.shards import DTYPES, Shard, Table, damaged, id_hashes, read_json, shard_name, write_file, write_index, write_json, write_shard
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 from geomreg.units import size_text
@@ -527,7 +527,9 @@ def published(path: Path) -> dict[str, str]:
     """Folder of each modality's finished table."""
     if not (path / MANIFEST).is_file():
         return {}
-    tables: dict[str, str] = read_json(path / MANIFEST)["tables"]
+    tables = read_json(path / MANIFEST).get("tables")
+    if not isinstance(tables, dict):
+        raise damaged(path / MANIFEST, "no list of tables")
     return tables
 
 

@@ -197,12 +197,20 @@ class DriftMonitor:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """The probe's embeddings at the start, for a run that goes on."""
+        """The probe's embeddings at the start, what was collected since the last :meth:`compute`, and whether an alarm has stopped the
+        run: one that goes on from it gives the same reports."""
+        rows = {field: [list(pair) for pair in pairs] for field, pairs in self._rows.items()}
+        return {**self._probe_state(), "rows": rows, "squares": dict(self.norms.squares), "stopped": self.stopped}
+
+    def _probe_state(self) -> dict[str, Any]:
         return {} if self._start is None else {"image": self._start[0], "classes": self._start[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with the start of an earlier run."""
-        if state.keys() != (known := self.state_dict()).keys():
+        """Compare with the start of an earlier run, and go on with what it had collected; a state without that, of an earlier geomreg,
+        is taken too."""
+        collected = ("rows", "squares", "stopped")
+        state, more = ({key: value for key, value in state.items() if (key in collected) == part} for part in (False, True))
+        if state.keys() != (known := self._probe_state()).keys():
             raise ValueError(
                 f"DriftMonitor: expected the state of a monitor with the same probe, with entries {list(known)}, got {list(state)}. "
                 "Construct it alike."
@@ -212,6 +220,11 @@ class DriftMonitor:
                 check_matrix("DriftMonitor", label, value)
             self._check_like_start(state["image"], state["classes"])
             self._begin(state["image"].to(self._start[0].device), state["classes"].to(self._start[1].device))
+        rows = more.get("rows", {})
+        self._rows = {field: [(student, teacher) for student, teacher in rows.get(field, ())] for field in self._rows}
+        self.norms.reset()
+        self.norms.squares.update(more.get("squares", {}))
+        self.stopped = bool(more.get("stopped", False))
 
     def _newest(self, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         student, teacher = (torch.cat(side)[-self.max_samples :] for side in zip(*rows, strict=True))

@@ -1,10 +1,12 @@
-"""Everything that a run needs to go on, in safetensors and JSON; whole or not at all."""
+"""Everything that a run needs to go on, in safetensors and JSON; whole or not at all, and with a checksum of every file."""
 
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from geomreg.integrations.recipes.files import put_in_place, writing
 __all__ = ["begin", "checkpoints", "latest", "publish", "random_state", "read", "set_random_state", "write"]
 
 _NAME = re.compile(r"step-(\d{9})")
+_CHECKSUMS = "checksums.json"
+_LOOKED_AT: dict[tuple[Any, ...], str | None] = {}  # what is wrong with checkpoints whose files have been read already
 _TENSOR, _ITEMS = "tensor", "items"  # what stands in the JSON for a tensor, and for a dict whose keys are not all strings
 
 
@@ -55,11 +59,20 @@ def write(folder: Path, name: str, value: Any) -> None:
 
 
 def publish(partial: Path, *, keep: int | None = None) -> Path:
-    """Give a checkpoint its name, when all processes have written; then remove all but the ``keep`` newest."""
+    """Give a checkpoint its checksums and its name, when all processes have written; then remove all but the ``keep`` newest."""
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    for path in partial.iterdir():  # what a killed process was writing with
+        if path.suffix not in (".json", ".safetensors"):
+            path.unlink()
+    with writing("finetune", file := partial / _CHECKSUMS):
+        files = {path.name: _digest(path) for path in sorted(partial.iterdir()) if path.name != _CHECKSUMS}
+        file.write_text(json.dumps({"files": files, "checksum": _checksum(files)}, indent=1), encoding="utf-8")
+        _to_disk(file)
     put_in_place(partial, final)  # maybe the same step again, after a resume that went back
     _to_disk(final.parent)
-    for old in checkpoints(final.parent)[: -keep if keep else 0]:
+    there = checkpoints(final.parent)
+    older = there[: there.index(final) + 1]
+    for old in (*older[: -keep if keep else 0], *there[len(older) :]):  # later ones are damaged: the run went on from before them
         shutil.rmtree(old, ignore_errors=True)
     for unfinished in final.parent.glob(".step-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -97,9 +110,69 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest finished checkpoint of a run, if there is one."""
-    found = checkpoints(folder)
-    return found[-1] if found else None
+    """The newest checkpoint of a run whose files are as they were written; a damaged one is passed over with a warning.
+
+    Raises:
+        RuntimeError: there are checkpoints, and all are damaged or without checksums.
+    """
+    wrong: list[tuple[Path, str]] = []
+    for path in reversed(checkpoints(folder)):
+        known = len(_LOOKED_AT)
+        if (reason := _damage(path)) is None:
+            return path
+        wrong.append((path, reason))
+        if len(_LOOKED_AT) > known:
+            warnings.warn(
+                f"finetune: expected the checkpoint {path} as it was written, got {reason}. The run makes its steps again.",
+                stacklevel=2,
+            )
+    if wrong:
+        path, reason = wrong[0]
+        raise RuntimeError(
+            f"finetune: expected a whole checkpoint in {folder}, got {path.name} with {reason}. Restore the file from a copy, or delete "
+            f"the folder {folder}: the run then begins again with its first step."
+        )
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What differs in a checkpoint from what was written; its files are read once."""
+    stamps = ((file.name, (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in sorted(path.iterdir()))
+    key = (str(path), *stamps)
+    if key not in _LOOKED_AT:
+        _LOOKED_AT[key] = _difference(path)
+    return _LOOKED_AT[key]
+
+
+def _difference(path: Path) -> str | None:
+    try:
+        content = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"no {_CHECKSUMS} (an older geomreg wrote none)"
+    except (OSError, ValueError):
+        return f"a damaged {_CHECKSUMS}"
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or content.get("checksum") != _checksum(files):
+        return f"a damaged {_CHECKSUMS}"
+    for name, digest in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"no {name}"
+        if _digest(file) != digest:
+            return f"another content of {name}"
+    return None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(files: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def random_state() -> dict[str, Any]:

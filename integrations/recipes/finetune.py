@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import os
 import signal
@@ -32,11 +31,12 @@ from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import check_plain, to_open_clip, to_transformers
 from geomreg.integrations.recipes.facts import check_broken, facts_of, print_table, table_of
 from geomreg.integrations.recipes.head import NAME, attach_head, linear_probe, load_head, take_head, zero_shot_classifier
+from geomreg.integrations.recipes.identity import Identity, digest_of_weights
 from geomreg.integrations.recipes.losses import Contrastive, HeadClassification, TargetLoss, TextClassification
 from geomreg.integrations.recipes.models import Model, clamp_logit_scale, compile_blocks, freeze, freeze_unreached, load, merge_adapters
 from geomreg.integrations.recipes.monitor import RunMonitor
 from geomreg.integrations.recipes.passes import ON_PARAMETERS
-from geomreg.integrations.recipes.records import Log, as_json, check_folder, check_trackers, claim, release, whole_lines
+from geomreg.integrations.recipes.records import NOT_FINITE, Log, as_json, check_folder, check_trackers, claim, described, release
 from geomreg.integrations.recipes.shard import Sharded, check_launch
 from geomreg.integrations.recipes.streams import (
     CONTEXTS,
@@ -48,7 +48,7 @@ from geomreg.integrations.recipes.streams import (
     print_conversions,
     read,
 )
-from geomreg.integrations.recipes.train import Banks, Checkpoints, RunStoppedError, Settings, encode, finetune
+from geomreg.integrations.recipes.train import Banks, Checkpoints, NotFiniteError, RunStoppedError, Settings, encode, finetune
 from geomreg.integrations.recipes.trial import LIMIT, base_lines, check_batches, check_learning_rate, take_steps
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
@@ -110,6 +110,9 @@ def _finetune_from(config: Config) -> Path:
     check_broken(facts, run.streams, run.settings.steps)
     claim(config, accelerator, data)
     log = Log(config, run.settings.steps, accelerator)
+    kept = Checkpoints(run.checkpoints, config.train.save_every)
+    identity = Identity(config.output, {**run.made_of, **{f"data set {name}": one for name, one in described(data).items()}})
+    also = {"identity": identity, "log": log, "evaluation": evaluation, **run.streams} | ({} if monitor is None else {"monitor": monitor})
 
     def on_step(entry: dict[str, float]) -> None:
         log.add(entry)
@@ -124,16 +127,21 @@ def _finetune_from(config: Config) -> Path:
             evaluation.before()
             run.train(
                 run.settings,
-                checkpoints=Checkpoints(run.checkpoints, config.train.save_every),
+                checkpoints=kept,
+                also=also,
                 on_step=on_step,
                 on_reference=None if monitor is None else monitor.monitor.update,
                 should_stop=lambda: stop.is_set() or (monitor is not None and monitor.stopped),
-                until=None if monitor is None else monitor.last_step,
+                until=lambda done: None if monitor is None or monitor.last_step is None or done < monitor.last_step else done,
             )
-        except RunStoppedError:
-            if monitor is None or monitor.last_step is None:  # on every process, from the file
+        except RunStoppedError as error:
+            if monitor is None or monitor.last_step is None or error.step < monitor.last_step:  # the same on every process
                 raise
-            run.train(run.settings, checkpoints=Checkpoints(run.checkpoints, config.train.save_every), until=monitor.last_step)
+            run.train(run.settings, checkpoints=kept, also=also, until=monitor.last_step)
+        except NotFiniteError as error:
+            if accelerator.is_main_process:
+                write_file(config.output / NOT_FINITE, f"{error}\n".encode())
+            raise
         finally:
             log.end()
     if monitor is not None and (ended := monitor.last_step) is not None and ended < run.settings.steps:
@@ -166,6 +174,7 @@ class _Run:
         check_batches(config)
         self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop, images=config.images)
         self.model = self.loaded.model
+        self.made_of: dict[str, Any] = {"weights": digest_of_weights(self.model), "configuration of the model": self.loaded.config}
         if config.transformers:
             check_plain(self.model, self.loaded.config["model_cfg"])
         self._build_teacher_and_terms()
@@ -203,6 +212,8 @@ class _Run:
         if method.teacher == "cached" and (self.banked or on_target):
             what = "embeds a bank of texts" if self.banked else "sees the augmented target pairs"
             raise ValueError(f"finetune: expected a teacher that {what}, got a cached one. Use teacher=frozen.")
+        if isinstance(cache := getattr(teacher, "cache", None), EmbeddingCache):
+            self.made_of["cache of the teacher"] = cache.fingerprint
         self.teacher = teacher if self.banked or any(one.needs_teacher for one in both) else None
         if method.teacher != "frozen" and self.teacher is None:
             raise ValueError(
@@ -468,6 +479,7 @@ class _Evaluation:
         self.run, self.config, self.steps = run, run.config, run.settings.steps
         self.every = self.config.train.evaluate_every or self.steps
         self.file = self.config.output / "evaluation.jsonl"
+        self.entries: list[dict[str, Any]] = []  # what the file has: it is written from here and from checkpoints, and never read
         self.data = {
             name: read(data, run.loaded, transform=run.loaded.transform, modalities=("image",), strict=self.config.strict)
             for name, data in self.config.evaluation.items()
@@ -509,7 +521,7 @@ class _Evaluation:
                 for name, scores in self._measured(model, getattr(model, NAME, None)).items():
                     if scores["by"] == "head":
                         found[name]["linear_probe"] = scores["accuracy"]
-            before = [entry for entry in self.entries() if entry["step"] < step]
+            before = [entry for entry in self.entries if entry["step"] < step]
             trained = [entry for entry in before if entry["step"]]
             name, by = self.config.best, self.config.best_by
             if step and name is not None and _is_highest(found[name][by], [entry[name][by] for entry in trained]):
@@ -521,7 +533,7 @@ class _Evaluation:
         """Print what was learned and what was lost, and evaluate the mixture with the model at the start, if there is one."""
         if not self.data:
             return
-        entries, mixed = [entry for entry in self.entries() if "ensemble" not in entry], {}
+        entries, mixed = [entry for entry in self.entries if "ensemble" not in entry], {}
         if mixture is not None:
             head, device = load_head(mixture), self.run.accelerator.device
             mixed = self._measured(load(str(mixture)).model.to(device), None if head is None else head[0].to(device))
@@ -545,11 +557,16 @@ class _Evaluation:
             found[name] = scores if head is None else {**scores, "by": "zero_shot" if among is None else "head"}
         return found
 
-    def entries(self) -> list[dict[str, Any]]:
-        """What evaluation.jsonl has so far."""
-        return list(map(json.loads, whole_lines(self.file)))
+    def state_dict(self) -> dict[str, Any]:
+        return {"entries": self.entries}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as after a checkpoint; later lines of evaluation.jsonl are made again, and damaged ones too."""
+        if state["entries"]:
+            self._write(list(state["entries"]))
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
+        self.entries = entries
         write_file(self.file, "".join(f"{as_json(entry)}\n" for entry in entries).encode())
 
 

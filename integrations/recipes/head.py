@@ -147,7 +147,13 @@ def load_head(folder: Path) -> tuple[nn.Linear, nn.Linear, list[str]] | None:
         head, start = _linear(found["weight"], found["bias"]), _linear(found["start.weight"], found["start.bias"])
     except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"load_head: expected a head in {file}, got a damaged file ({error}). Export the model anew.") from error
-    return head, start, read_json("load_head", folder / "classes.json", list, "names of classes", "Export the model anew.")
+    classes = read_json("load_head", folder / "classes.json", list, "names of classes", "Export the model anew.")
+    if len(classes) != len(head.weight) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(
+            f"load_head: expected {len(head.weight)} names of classes in {folder / 'classes.json'}, as the head has, got {len(classes)} "
+            "entries, or others than names. Export the model anew."
+        )
+    return head, start, classes
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -135,6 +135,9 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
             raise ValueError(f"load: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
         if not (folder / "open_clip_config.json").is_file():
             raise ValueError(f"load: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
+        weights = (path for path in folder.iterdir() if path.name != "head.safetensors")
+        if not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in weights):  # open_clip would begin at random
+            raise ValueError(f"load: expected weights in the model's folder {name}, got none. Export or copy the model there.")
         name = f"local-dir:{folder}"
         try:
             written = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
@@ -164,6 +167,14 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         except SafetensorError as error:
             raise RuntimeError(
                 f"load: expected whole weights of {pretrained or name}, got a damaged file ({error}). Copy it anew."
+            ) from error
+        except Exception as error:  # open_clip and torch raise of every kind where a configuration is impossible
+            if not folder.is_dir():
+                raise
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"load: expected {folder / 'open_clip_config.json'} to describe the model whose weights are beside it, got {said:.200}. "
+                "Export or copy the model anew."
             ) from error
     if any("QuickGELU" in str(one.message) for one in caught):
         raise ValueError(

@@ -1,19 +1,19 @@
 """The drift monitor of a run: a labelled probe, drift.jsonl, and an early stop."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from geomreg.integrations.recipes.config import MonitorConfig
 from geomreg.integrations.recipes.data import collate
 from geomreg.integrations.recipes.evaluate import embed_images, zero_shot_head
-from geomreg.integrations.recipes.records import as_json, whole_lines
+from geomreg.integrations.recipes.records import as_json
 from geomreg.metrics import Alarm, DriftMonitor
 from geomreg.shards import write_file
 
@@ -22,7 +22,7 @@ __all__ = ["RunMonitor"]
 
 class RunMonitor:
     """A :class:`~geomreg.metrics.DriftMonitor` on a probe, whose reports go to drift.jsonl, null where a number is not defined; it
-    measures in the main process.
+    measures in the main process. The file is written from what is kept here and in checkpoints, and never read.
 
     Args:
         current: the model as it is now, whole; called on all processes.
@@ -35,6 +35,7 @@ class RunMonitor:
 
     Attributes:
         dataset: as given.
+        entries: the reports so far, the same on all processes.
         stopped: an alarm ended the run.
     """
 
@@ -62,13 +63,32 @@ class RunMonitor:
         limits = {"max_zero_shot_drop": options.max_zero_shot_drop, "min_rsa": options.min_rsa}
         self.monitor = DriftMonitor(probe=self._probe, labels=self.labels, every=options.every, on_alarm=self._alarm, **limits)
         self.alarm: str | None = None
-        self.stopped = False
+        self.entries: list[dict[str, Any]] = []
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.entries and self.entries[-1].get("stopped"))
 
     @property
     def last_step(self) -> int | None:
         """The run's last step, if an alarm has ended it: the one after the alarm, before which all processes hear of it."""
-        entries = [json.loads(line) for line in whole_lines(self.file)]
-        return int(entries[-1]["step"]) + 1 if entries and entries[-1].get("stopped") else None
+        return int(self.entries[-1]["step"]) + 1 if self.stopped else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"entries": self.entries, "monitor": self.monitor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as after a checkpoint; later lines of drift.jsonl are made again, and damaged ones too."""
+        self.entries = list(state["entries"])
+        device = self.accelerator.device
+        rows = {field: [[one.to(device) for one in pair] for pair in pairs] for field, pairs in state["monitor"]["rows"].items()}
+        self.monitor.load_state_dict({**state["monitor"], "rows": rows})
+        if self.entries:
+            self._write()
+
+    def _write(self) -> None:
+        if self.accelerator.is_main_process:
+            write_file(self.file, "".join(f"{as_json(entry)}\n" for entry in self.entries).encode())
 
     def after(self, entry: dict[str, float]) -> None:
         """After a step: measure, if it is time."""
@@ -76,15 +96,16 @@ class RunMonitor:
         if not self.monitor.due(step):
             return
         self.model = self.current()
+        found: list[dict[str, Any]] = [{}]
         if self.accelerator.is_main_process:
             self.alarm = None
             report = self.monitor.compute()
             if "gradient_ratio" in entry:
                 report["gradient_ratio"] = entry["gradient_ratio"]
-            self.stopped = self.alarm is not None and self.options.stop
-            found = {"step": step, **report} | ({} if self.alarm is None else {"alarm": self.alarm, "stopped": self.stopped})
-            before = [line for line in whole_lines(self.file) if json.loads(line)["step"] < step]
-            write_file(self.file, "".join(f"{line}\n" for line in [*before, as_json(found)]).encode())
+            found = [{"step": step, **report} | ({} if self.alarm is None else {"alarm": self.alarm, "stopped": self.options.stop})]
+        broadcast_object_list(found)
+        self.entries = [*(entry for entry in self.entries if entry["step"] < step), *found]
+        self._write()
         self.accelerator.wait_for_everyone()
 
     def _alarm(self, alarm: Alarm) -> bool:

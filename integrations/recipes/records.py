@@ -1,6 +1,7 @@
 """The records of a run in its folder: configuration, environment, metrics."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import platform
 import re
 import subprocess
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -26,8 +28,9 @@ from geomreg.integrations.recipes.files import read_json, writing
 from geomreg.locking import Lock
 from geomreg.shards import write_file
 
-__all__ = ["Log", "as_json", "check_folder", "check_trackers", "claim", "release", "whole_lines"]
+__all__ = ["Log", "as_json", "check_folder", "check_trackers", "claim", "described", "release"]
 
+NOT_FINITE = "not-finite.txt"  # in the folder of a run that ended so: what was said
 _ADVICE = "Restore it, or use another output folder."
 _CHANGES_NOTHING = re.compile(
     r"output|device|trackers|transformers|ensemble|train\.(workers|save_every)|model\.learning_rates"
@@ -53,10 +56,10 @@ def check_folder(config: Config) -> None:
         before = {"images": _IMAGES_BEFORE, **read_json("finetune", file, dict, "the configuration of a run", _ADVICE)}
         if differing := _differing(before, _resolved(config)):
             name, old, new = differing
-            raise ValueError(
-                f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. Use the same configuration, or "
-                "another output folder."
-            )
+            advice = "Use the same configuration, or another output folder."
+            if (config.output / NOT_FINITE).is_file():
+                advice = f"That run ended with a loss that is not finite: delete {config.output} to begin afresh, or use another folder."
+            raise ValueError(f"finetune: expected the run in {config.output} to go on with {name} {old!r}, got {new!r}. {advice}")
 
 
 def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any]) -> None:
@@ -88,13 +91,23 @@ def _claim(config: Config, data: Mapping[str, Any]) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     _lock(config.output)
     check_folder(config)  # again: a moment ago others could write
-    described = {name: _described(dataset) for name, dataset in data.items()}
+    found = described(data)
     if (config.output / "config.json").is_file():
-        _check_data(config.output, described)
+        _check_data(config.output, found)
+        if (config.output / NOT_FINITE).is_file():
+            warnings.warn(
+                f"finetune: the run in {config.output} ended with a loss that is not finite, and goes on from its last checkpoint, most "
+                "likely to the same end. Delete the folder to begin afresh with a lower learning rate or weight, or use another folder.",
+                stacklevel=4,
+            )
         return
-    files = {"environment.json": _environment(), "data.json": described, "config.json": _resolved(config)}
-    for name, content in files.items():
-        write_file(config.output / name, (json.dumps(content, indent=1) + "\n").encode())
+    _write(config.output / "environment.json", _environment())
+    _write(config.output / "data.json", found)
+    _write(config.output / "config.json", _resolved(config))
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    write_file(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def release() -> None:
@@ -115,6 +128,11 @@ def _lock(folder: Path) -> None:
     _LOCKS.append(lock)
 
 
+def described(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each data set by its name, what data.json says of it."""
+    return {name: _described(dataset) for name, dataset in data.items()}
+
+
 def _described(dataset: Any) -> dict[str, Any]:
     """Number of samples, and digests of what can be known of them without reading images."""
     found = {"samples": len(dataset), **getattr(dataset, "fingerprint", {})}
@@ -124,10 +142,20 @@ def _described(dataset: Any) -> dict[str, Any]:
 
 
 def _check_data(folder: Path, now: dict[str, dict[str, Any]]) -> None:
-    """The data are those that the run began with."""
+    """The data are those that the run began with; checkpoints compare them too, so that a damaged file is written anew."""
     file = folder / "data.json"
-    before = read_json("finetune", file, dict, "digests of a run's data", _ADVICE) if file.is_file() else {}
-    for name in before.keys() & now.keys():
+    try:
+        before = read_json("finetune", file, dict, "digests of a run's data", "They are written anew.")
+        if before.keys() != now.keys() or not all(isinstance(one, dict) and "samples" in one for one in before.values()):
+            raise ValueError(
+                f"finetune: expected digests of {', '.join(now)} in {file}, got {', '.join(before)}, or others in them. They are written "
+                "anew."
+            )
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=5)
+        _write(file, now)
+        return
+    for name in now:
         old, new = before[name], now[name]
         if parts := [part for part in new if old.get(part) != new[part]]:
             got = new["samples"] if "samples" in parts else f"as many of other ids or texts ({', '.join(parts)})"
@@ -187,14 +215,21 @@ def check_trackers(trackers: tuple[str, ...]) -> None:
 
 
 class Log:
-    """metrics.jsonl, null where a number is not finite, a progress bar, and the configured trackers; by the main process."""
+    """metrics.jsonl, null where a number is not finite, a progress bar, and the configured trackers; by the main process.
+
+    A checkpoint knows length and digest of the file: a run that goes on cuts off what follows, and finds damage in what stays.
+    """
 
     def __init__(self, config: Config, steps: int, accelerator: Accelerator) -> None:
         self.file, self.main, self.accelerator = config.output / "metrics.jsonl", accelerator.is_main_process, accelerator
         self.bar = tqdm(total=steps, unit="steps", disable=not self.main)
         self.started, self.tracked = False, bool(config.trackers)
+        self.written, self.digest = 0, hashlib.blake2b(digest_size=16)
         if self.tracked:
-            environment = json.loads((config.output / "environment.json").read_text(encoding="utf-8"))
+            file = config.output / "environment.json"
+            environment = read_json("finetune", file, dict, "the environment of a run", _ADVICE)
+            if not isinstance(environment.get("run"), str):
+                raise ValueError(f"finetune: expected the name of the run, for its trackers, in {file}, got none. {_ADVICE}")
             wandb = {"id": environment["run"], "name": config.output.name, "dir": str(config.output), "resume": "allow"}
             try:
                 accelerator.init_trackers("geomreg", dict(_flat(dataclasses.asdict(config))), {"wandb": wandb})
@@ -211,14 +246,40 @@ class Log:
             return
         if not self.started:
             self.started = True
-            kept = [line for line in whole_lines(self.file) if json.loads(line)["step"] < entry["step"]]  # later ones are made again
-            write_file(self.file, "".join(f"{line}\n" for line in kept).encode())
+            if not self.written:  # no checkpoint: all is made again
+                write_file(self.file, b"")
             self.bar.update(int(entry["step"]) - 1)
-        with writing("finetune", self.file), open(self.file, "a", encoding="utf-8") as file:
-            file.write(as_json(entry) + "\n")
+        line = (as_json(entry) + "\n").encode()
+        with writing("finetune", self.file), open(self.file, "ab") as file:
+            file.write(line)
+        self.written += len(line)
+        self.digest.update(line)
         self.bar.update(1)
         shown = {key: f"{value:.3g}" for key, value in entry.items() if "/" not in key and key not in _NOT_SHOWN}
         self.bar.set_postfix(shown, refresh=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bytes": self.written, "digest": self.digest.hexdigest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as after a checkpoint: cut off the lines of later steps.
+
+        Raises:
+            ValueError: the lines before are not those that were written.
+        """
+        if not self.main:
+            return
+        content = self.file.read_bytes()[: state["bytes"]] if self.file.is_file() else b""
+        digest = hashlib.blake2b(content, digest_size=16)
+        if digest.hexdigest() != state["digest"]:
+            if self.file.exists():
+                raise ValueError(
+                    f"finetune: expected the first {state['bytes']} bytes of {self.file} as they were written, got others. Restore it, or "
+                    "delete it: the run goes on without the lines of its earlier steps."
+                )
+            warnings.warn(f"finetune: expected {self.file}, got none. The lines of earlier steps are lost.", stacklevel=2)
+        write_file(self.file, content)
+        self.written, self.digest, self.started = len(content), digest, False
 
     def end(self) -> None:
         """Close the bar and the trackers."""
@@ -248,9 +309,3 @@ def _or_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _or_none(one) for key, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def whole_lines(file: Path) -> list[str]:
-    """Of a text file that may not be there: a kill may have cut the last."""
-    content = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return content[: content.rfind("\n") + 1].splitlines()

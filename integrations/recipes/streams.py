@@ -1,7 +1,9 @@
 """The data of a run: endless batches of its target and reference, and banks of texts."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,13 @@ from geomreg.integrations.recipes.data.draws import Drawn, Draws, loader
 from geomreg.integrations.recipes.models import Model
 from geomreg.integrations.recipes.train import Banks, Batches
 from geomreg.regularizers.text_guided import context_embeddings
+from geomreg.shards import write_file
 from geomreg.teacher import Teacher
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["CONTEXTS", "Stream", "bank_of_contexts", "bank_of_texts", "class_tokens", "data_of", "print_conversions", "read"]
 
@@ -138,21 +146,50 @@ class Stream:
 
         return from_number
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "broken": self.broken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as after a checkpoint; what was broken before is listed again where it is not."""
+        self.seen, self.broken, self.looked_at = int(state["seen"]), list(state["broken"]), 0
+        self.listed.clear()
+
     def check_broken(self, folder: Path) -> None:
         """List new ones, each once; raise when too many of the drawn samples were broken."""
         new = [message for message in dict.fromkeys(self.broken[self.looked_at :]) if message not in self.listed]
         self.looked_at = len(self.broken)
         self.listed.update(new)
         if new:
-            with open(folder / "broken.txt", "a+", encoding="utf-8", errors="surrogateescape") as file:
-                file.seek(0)
-                there = set(file.read().split("\n"))  # by another stream or process, or before the run was interrupted
-                file.writelines(f"{message}\n" for message in new if message not in there)
+            _list(folder / "broken.txt", new)
         if len(self.broken) > max(BROKEN_LEAST, BROKEN_SHARE * self.seen):
             raise RuntimeError(
                 f"finetune: expected at most {BROKEN_SHARE:.0%} of the samples to be broken, got {len(self.broken)} of {self.seen}, the "
                 f"first {self.broken[0]}. See {folder / 'broken.txt'}."
             )
+
+
+def _list(file: Path, messages: Sequence[str]) -> None:
+    """Add messages to a sorted file, whole or not at all, to which other streams and processes add too."""
+    codec: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
+    with _alone(file.parent):
+        there = file.read_text(**codec).splitlines() if file.is_file() else []
+        lines = sorted({*there, *(" ".join(message.splitlines()) for message in messages)})
+        write_file(file, "".join(f"{line}\n" for line in lines).encode(codec["encoding"], codec["errors"]))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Other processes wait meanwhile, where the file system has locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def bank_of_texts(stream: Stream, teacher: Teacher, accelerator: Accelerator) -> Banks:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from geomreg.statistics import moving_statistics, recompute_statistics
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
-__all__ = ["Batch", "Batches", "Checkpoints", "RunStoppedError", "Settings", "encode", "finetune"]
+__all__ = ["Batch", "Batches", "Checkpoints", "NotFiniteError", "RunStoppedError", "Settings", "encode", "finetune"]
 
 Batches = Callable[[int], Iterator[Batch]]  # endless batches from the one with this number on
 Banks = Callable[[int], Iterator[Tensor]]  # (M, D) constant text embeddings for each step from the one with this number on
@@ -108,9 +108,21 @@ class Checkpoints:
 
 
 class RunStoppedError(RuntimeError):
-    """The run was asked to stop; it was saved if it has checkpoints."""
+    """The run was asked to stop; it was saved if it has checkpoints.
+
+    Attributes:
+        step: after which it stopped.
+    """
 
     status = 143  # of the command: SIGTERM asks
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class NotFiniteError(RuntimeError):
+    """The loss is NaN or infinite; what was saved before is as it was."""
 
 
 def encode(model: nn.Module, batch: Batch) -> Embeddings:
@@ -136,7 +148,8 @@ def finetune(
     on_reference: Callable[[Embeddings, Embeddings], None] | None = None,
     after_update: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
-    until: int | None = None,
+    until: int | Callable[[int], int | None] | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Fine-tune an open_clip model in place; returns it, unwrapped, in evaluation mode.
 
@@ -166,14 +179,17 @@ def finetune(
         on_reference: called with the student's and the teacher's embeddings of the reference samples of this process, those of a chunk
             at a time.
         after_update: called right after each optimizer step that was not skipped: to keep a parameter in bounds, say.
-        until: end after so many steps, with the schedule of the whole run.
+        until: end after so many steps, with the schedule of the whole run; a function is given the number of steps that are done already.
+        also: other things that have a state, by name, with ``state_dict`` and ``load_state_dict``: saved and read by each process with
+            its checkpoints, so that a run that goes on finds them as they were.
         should_stop: asked after each step; if true in some process, the run is saved and :class:`RunStoppedError` raised.
 
     Raises:
         ValueError: some of ``regularizer``, ``reference`` and ``teacher`` without the others; gradient accumulation, which
             would change the contrastive loss; a checkpoint of other settings.
         RunStoppedError: ``should_stop`` said so.
-        RuntimeError: the loss is not finite on some process; the model is left as it was before that step.
+        NotFiniteError: the loss is not finite on some process; the model is left as it was before that step.
+        RuntimeError: no checkpoint is whole.
     """
     _check_together(regularizer, target_regularizer, reference, teacher)
     accelerator = accelerator or Accelerator()
@@ -182,24 +198,26 @@ def finetune(
         model, settings, accelerator, sharded, loss, regularizer=regularizer, target_regularizer=target_regularizer, teacher=teacher
     )  # fmt: skip
     saved = None if checkpoints is None else checkpoint.latest(checkpoints.folder)
-    start = 0 if saved is None else run.resume(saved)
-    last_step = settings.steps if until is None else min(until, settings.steps)
+    also = also or {}
+    start = 0 if saved is None else run.resume(saved, also)
+    end = until(start) if callable(until) else until
+    last_step = settings.steps if end is None else min(end, settings.steps)
     target_batches = target(start)
     reference_batches = None if reference is None else reference(-(-start // settings.regularize_every))
     banks = None if texts is None else texts(start)
     for step in range(start, last_step):
         bank = None if banks is None else next(banks)
         record = run.gradients(step, target_batches, reference_batches, bank, on_reference)
-        entry, stopping = run.entry(step, record, should_stop())
+        entry, stopping = run.entry(step, record, should_stop(), checkpoints)
         run.update(after_update)
         done = step + 1
         run.add_to_mean(done, target, last=done == last_step)
         if on_step is not None:
             on_step(entry)
         if checkpoints is not None and (stopping or done % checkpoints.every == 0 or done == settings.steps):
-            _save(checkpoints, done, settings, accelerator, run.state())
+            _save(checkpoints, done, settings, accelerator, run.state(), also)
         if stopping and done < settings.steps:
-            raise RunStoppedError(f"finetune: stopped after step {done} of {settings.steps}.")
+            raise RunStoppedError(f"finetune: stopped after step {done} of {settings.steps}.", done)
     return run.finish()
 
 
@@ -307,7 +325,7 @@ class _Training:
         record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": self.model.logit_scale.exp()}
         return record | {f"{role}_square": norms.square(role, self.accelerator.device) for role in ("task", "regularizer")}
 
-    def entry(self, step: int, record: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
+    def entry(self, step: int, record: dict[str, Tensor], stop: bool, checkpoints: Checkpoints | None) -> tuple[dict[str, float], bool]:
         """What is known of a step before its update, over all processes; and whether one of them was asked to stop."""
         means = {f"{name}/mean_norm": mean.norm() for name, mean in self._running_means()}
         record = {**record, **means, "stop": torch.tensor(float(stop))}
@@ -317,9 +335,9 @@ class _Training:
         if any(not isinstance(term, ON_PARAMETERS) for part in self._terms() for term in part.regularizers.values()):
             entry["gradient_ratio"] = math.sqrt(of_terms / of_loss) if of_loss > 0 else math.nan
         if not math.isfinite(entry["loss"] + entry["regularizer"]):  # on all processes, or none
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"finetune: expected a finite loss, got {entry['loss']} + {entry['regularizer']} at step {step + 1}. "
-                "Lower the learning rate or the weight."
+                f"Lower the learning rate or the weight{'' if checkpoints is None else _afresh(checkpoints)}."
             )
         weights = {name: weight for part in self._terms() for name, weight in part.weights.items() if name in entry}
         entry |= {f"{name}/weighted": weight * entry[name] for name, weight in weights.items()}
@@ -377,9 +395,9 @@ class _Training:
         found |= {name: {} if part is None else part.state_dict() for name, part in self._stateful().items()}
         return found if self.sharded is None else self.sharded.gathered(found)
 
-    def resume(self, saved: Path) -> int:
+    def resume(self, saved: Path, also: Mapping[str, Any]) -> int:
         """Go on from a checkpoint, if it is one of this run: returns how many steps it has behind it."""
-        start = _go_on(saved, self.settings, self.accelerator)
+        start = _go_on(saved, self.settings, self.accelerator, also)
         of_model, of_optimizer = (checkpoint.read(saved, name) for name in ("model", "optimizer"))
         if self.sharded is not None:
             of_model, of_optimizer = self.sharded.scattered(of_model, of_optimizer)
@@ -401,9 +419,15 @@ class _Training:
         return model.eval()
 
 
-def _save(checkpoints: Checkpoints, step: int, settings: Settings, accelerator: Accelerator, state: dict[str, Any]) -> None:
+def _save(
+    checkpoints: Checkpoints, step: int, settings: Settings, accelerator: Accelerator, state: dict[str, Any], also: Mapping[str, Any]
+) -> None:
     partial = checkpoint.begin(checkpoints.folder, step)
-    checkpoint.write(partial, f"process-{accelerator.process_index}", {"random": checkpoint.random_state()})
+    checkpoint.write(
+        partial,
+        f"process-{accelerator.process_index}",
+        {"random": checkpoint.random_state(), "also": {name: part.state_dict() for name, part in also.items()}},
+    )
     if accelerator.is_main_process:
         for name, value in state.items():
             checkpoint.write(partial, name, value)
@@ -414,7 +438,14 @@ def _save(checkpoints: Checkpoints, step: int, settings: Settings, accelerator: 
     accelerator.wait_for_everyone()
 
 
-def _go_on(saved: Path, settings: Settings, accelerator: Accelerator) -> int:
+def _afresh(checkpoints: Checkpoints) -> str:
+    """What can be done with the folder of a run that has a loss that is not finite."""
+    folder, saved = checkpoints.folder.parent, checkpoint.latest(checkpoints.folder)
+    begin = f", which is another run: give it another output folder, or delete {folder} to begin again there"
+    return begin if saved is None else f"{begin}; {saved} is the run as it was at its last checkpoint"
+
+
+def _go_on(saved: Path, settings: Settings, accelerator: Accelerator, also: Mapping[str, Any]) -> int:
     """The number of steps that a checkpoint has behind it, if it is one of this run; random numbers go on from there."""
     run = checkpoint.read(saved, "run")
     now = {**asdict(settings), "betas": list(settings.betas), "processes": accelerator.num_processes}
@@ -425,7 +456,15 @@ def _go_on(saved: Path, settings: Settings, accelerator: Accelerator) -> int:
                 f"finetune: expected the run in {saved.parent} to go on with {name} {before.get(name)!r}, got {value!r}. Use the same "
                 "settings, or another folder."
             )
-    checkpoint.set_random_state(checkpoint.read(saved, f"process-{accelerator.process_index}")["random"])
+    own = checkpoint.read(saved, f"process-{accelerator.process_index}")
+    if own["also"].keys() != also.keys():
+        raise ValueError(
+            f"finetune: expected the run in {saved.parent} to go on with the states of {', '.join(own['also']) or 'nothing'}, got "
+            f"{', '.join(also) or 'nothing'}. Use the same command, or another folder."
+        )
+    for name, part in also.items():
+        part.load_state_dict(own["also"][name])
+    checkpoint.set_random_state(own["random"])
     return int(run["step"])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 
 import pytest
@@ -135,12 +134,20 @@ def test_other_settings_are_refused(tmp_path, change, message):
         run(tmp_path, settings=dataclasses.replace(SETTINGS, **change))
 
 
-def test_damaged_checkpoint(tmp_path):
+def test_damaged_checkpoint(tmp_path, whole):
     with pytest.raises(RunStoppedError):
         run(tmp_path, stop_after=3)
     newest = checkpoint.latest(tmp_path)
     (newest / "optimizer.safetensors").write_bytes(b"x")
-    with pytest.raises(RuntimeError, match=r"expected a whole checkpoint in .*, got a damaged optimizer"):
+    with pytest.warns(UserWarning, match=rf"expected the checkpoint {newest} as it was written, got another content of optimizer"):
+        equal(tmp_path, run(tmp_path), whole)  # from the one before
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000000011", "step-000000012"]
+    for path in checkpoint.checkpoints(tmp_path):
+        (path / "checksums.json").unlink()  # as an older geomreg wrote them
+    with (
+        pytest.warns(UserWarning, match=r"an older geomreg wrote none"),
+        pytest.raises(
+            RuntimeError, match=r"^finetune: expected a whole checkpoint in \S*, got step-000000012 with no checksums.json .* delete"
+        ),
+    ):
         run(tmp_path)
-    shutil.rmtree(newest)
-    run(tmp_path)  # from the one before

@@ -404,7 +404,7 @@ def _load(path: str, extensions: _Extensions) -> dict[_Known, _Part]:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"TarPairs: expected index as a file that TarPairs wrote, got {path}. Pass another path, or delete it.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
+    except (SafetensorError, TypeError, KeyError):  # a damaged header, too
         return {}
     if metadata.get("checksum") != _checksum(tensors, metadata) or metadata["extensions"] != json.dumps(extensions):
         return {}

@@ -107,3 +107,34 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"items": 3}))
     with pytest.raises(RuntimeError, match="got a damaged state"):
         checkpoint.read(tmp_path, "state")
+
+
+@pytest.mark.filterwarnings("ignore:finetune. expected the checkpoint")
+def test_any_bit_of_a_checkpoint_counts(tmp_path):
+    """One flipped, a file cut off, gone, or in another's place: the checkpoint before is the latest."""
+    for step in (1, 2):
+        folder = checkpoint.begin(tmp_path, step)
+        for name in ("model", "optimizer"):
+            checkpoint.write(folder, name, {"a": torch.full((5,), float(step)), "name": name})
+        checkpoint.publish(folder)
+    first, second = checkpoint.checkpoints(tmp_path)
+    assert checkpoint.latest(tmp_path) == second
+    generator, files = random.Random(0), {path: path.read_bytes() for path in second.iterdir()}
+    for path, content in files.items():
+        changed = bytearray(content)
+        changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        for damage in (bytes(changed), content[:-1], None, files[second / "optimizer.json"] + b" "):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            assert checkpoint.latest(tmp_path) == first, (path, damage)
+            path.write_bytes(content)
+    assert checkpoint.latest(tmp_path) == second
+    (first / "model.json").write_text("{}")
+    (second / "model.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"expected a whole checkpoint in \S*, got step-000000002 with another content of model.json"):
+        checkpoint.latest(tmp_path)
+    folder = checkpoint.begin(tmp_path, 1)
+    checkpoint.write(folder, "model", {})
+    (folder / ".tmpAbCdEf").write_bytes(b"half")  # safetensors', of a process that was killed
+    checkpoint.publish(folder, keep=1)  # the run has gone back
+    assert {path.name for path in checkpoint.latest(tmp_path).iterdir()} == {"model.json", "checksums.json"}
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000000001"]

@@ -1060,7 +1060,7 @@ def test_alarm_ends_the_run(data, tmp_path, capsys, stop):
     (tmp_path / "run" / "evaluation.jsonl").write_text((tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()[0] + "\n")
     assert torch.equal(weights(finetune_from(one)), ended)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
-    assert steps == ([0, 3, 3] if stop else [0, 0])  # as if killed before the last evaluation; a whole run has nothing left to do
+    assert steps == ([0, 3, 3] if stop else [0, 6, 6])  # what was lost comes back from the checkpoint, or is measured again
     assert len(logged(tmp_path / "run")) == (3 if stop else 6)
 
 
@@ -1325,3 +1325,85 @@ def test_a_run_goes_on_with_its_data_alone(data, tmp_path):
     assert not records._LOCKS
     gone.rename(copied / "classes" / "owl" / "38.png")
     finetune_from(one)
+
+
+def dying(monkeypatch, step):
+    """A run that ends after a step's records, before what would save it."""
+    add = records.Log.add
+
+    def die(log, entry):
+        if entry["step"] == step:
+            raise KeyboardInterrupt
+        add(log, entry)
+
+    monkeypatch.setattr(records.Log, "add", die)
+
+
+def test_an_early_stop_is_the_same_after_a_kill(data, tmp_path, monkeypatch):
+    """What the monitor had collected, and every file of the run, at a kill between a checkpoint and the alarm."""
+    monitor = MonitorConfig(every=3, samples=8, min_rsa=0.99999)
+    one = config(data, tmp_path / "run", kind="folder", learning_rate=1e-3, steps=8, save_every=2, ensemble=None)
+    one = dataclasses.replace(one, probe=DataConfig("folder", str(data / "classes")), monitor=monitor)
+    finetune_from(dataclasses.replace(one, output=tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        dying(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_from(one)
+    finetune_from(one)
+    assert [entry["step"] for entry in logged(one.output)] == [1, 2, 3, 4]
+    files = {path.relative_to(one.output) for path in one.output.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    own = {"config.json", "environment.json"}  # the folder's name, the run's
+    for name in files:
+        assert name.name in own or (one.output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_other_weights_are_refused_in_a_run_that_goes_on(data, tmp_path):
+    """The teacher would be another model."""
+    shutil.copytree(model_folder(), tmp_path / "model")
+    one = config(data, tmp_path / "run", model=ModelConfig(str(tmp_path / "model")), ensemble=None)
+    finetune_from(one)
+    file = tmp_path / "model" / "open_clip_config.json"
+    before = file.read_text()
+    content = json.loads(before)
+    content["preprocess_cfg"]["mean"] = [0.4, 0.4, 0.4]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"to go on with the configuration of the model that it began with, got another\. Restore it"):
+        finetune_from(one)
+    file.write_text(before)
+    finetune_from(one)
+    model = load(str(tmp_path / "model"))
+    with torch.no_grad():
+        next(model.model.parameters()).view(-1)[0] += 1e-3
+    to_open_clip(model.model, content | {"preprocess_cfg": json.loads(before)["preprocess_cfg"]}, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"to go on with the (weights|configuration of the model) that it began with, got another\. Rest"):
+        finetune_from(one)
+
+
+def test_a_folder_of_a_run_that_was_not_finite(data, tmp_path):
+    """It is said how to begin afresh, by that run and by the next in its folder."""
+    one = config(data, tmp_path / "run", learning_rate=1e9, steps=8)
+    with pytest.raises(RuntimeError, match=rf"give it another output folder, or delete {one.output} to begin again there"):
+        finetune_from(one)
+    with pytest.raises(ValueError, match=rf"That run ended with a loss that is not finite: delete {one.output} to begin afresh"):
+        finetune_from(config(data, tmp_path / "run", learning_rate=1e-4, steps=8))
+    with (
+        pytest.warns(UserWarning, match=r"ended with a loss that is not finite, and goes on .* Delete the folder"),
+        pytest.raises(RuntimeError, match="expected a finite loss"),
+    ):
+        finetune_from(one)
+    shutil.rmtree(one.output)
+    finetune_from(config(data, tmp_path / "run", learning_rate=1e-4, steps=2))
+
+
+def test_damaged_records_are_made_anew_or_named(data, tmp_path):
+    """Evaluation and drift come back from the checkpoint."""
+    one = config(data, tmp_path / "run", evaluation={"id": DataConfig("folder", str(data / "classes"))}, ensemble=None)
+    one = dataclasses.replace(one, probe=DataConfig("folder", str(data / "classes")), monitor=MonitorConfig(samples=8, every=2))
+    finetune_from(one)
+    for name in ("evaluation.jsonl", "drift.jsonl"):
+        whole = (one.output / name).read_bytes()
+        for damage in (b"{", whole.replace(b"step", b"stop"), None):
+            (one.output / name).unlink() if damage is None else (one.output / name).write_bytes(damage)
+            finetune_from(one)
+            assert (one.output / name).read_bytes() == whole

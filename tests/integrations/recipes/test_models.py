@@ -240,6 +240,14 @@ def test_folders_of_others_are_not_replaced(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
 
+def test_a_folder_without_weights_is_refused(tmp_path):
+    """open_clip would take random ones; a trained head is no weights of a model."""
+    (tmp_path / "open_clip_config.json").write_text((model_folder() / "open_clip_config.json").read_text())
+    (tmp_path / "head.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^load: expected weights in the model.s folder .*, got none"):
+        load(str(tmp_path))
+
+
 # what no embedding depends on
 
 

@@ -46,11 +46,16 @@ def test_numbers_that_are_not_finite_are_null():
 def test_metrics_with_nan_are_json_and_a_run_goes_on_from_them(tmp_path):
     config, accelerator = SimpleNamespace(output=tmp_path, trackers=()), Accelerator(cpu=True)
     entries = [{"step": step, "loss": 1.0, "gradient_ratio": math.nan, "regularizer": math.inf} for step in (1, 2, 3)]
+    states = [None]
     for steps in (entries, entries[1:]):  # the second run makes steps 2 and 3 again
         log = Log(config, 3, accelerator)
+        if states[0] is not None:
+            log.load_state_dict(states[1])
         for entry in steps:
             log.add(entry)
+            states.append(log.state_dict())
         log.end()
+        states[0] = "there"
     assert lines(tmp_path / "metrics.jsonl") == [
         {"step": step, "loss": 1.0, "gradient_ratio": None, "regularizer": None} for step in (1, 2, 3)
     ]
@@ -125,9 +130,40 @@ def test_the_data_of_a_run_may_move_but_not_change(tmp_path):
     others = labelled(tmp_path / "classes", names={"a": "owl", "b": "fox"})
     with pytest.raises(ValueError, match=r"the 2 samples of evaluation\.id that it began with, got as many of other .* \(classes\)\."):
         claim(moved, accelerator, {**before, "evaluation.id": others})
-    (tmp_path / "run" / "data.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"expected digests of a run's data in \S*/data\.json, got list\. Restore it"):
-        claim(moved, accelerator, before)
+    file = tmp_path / "run" / "data.json"
+    whole = file.read_text()
+    for content in ("[]", "{", whole.replace("target", "tarhet"), whole.replace("samples", "sampler"), None):
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.warns(UserWarning, match=r"expected digests of .* in \S*/data\.json, got .*\. They are written anew"):
+            claim(moved, accelerator, {**before, "target": changed})  # its checkpoints compare them too
+        assert json.loads(file.read_text()).keys() == before.keys()
+
+
+def test_metrics_that_a_checkpoint_knows(tmp_path):
+    """Damage in the lines before it is found; lines after it are cut off, whatever they are; a lost file begins again."""
+    config, accelerator = SimpleNamespace(output=tmp_path, trackers=()), Accelerator(cpu=True)
+    log, file = Log(config, 3, accelerator), tmp_path / "metrics.jsonl"
+    log.add({"step": 1, "loss": 1.5})
+    state, whole = log.state_dict(), file.read_bytes()
+    log.add({"step": 2, "loss": 2.5})
+    for damage in (b"{}\x00\xff", b'{"step": 2'):
+        file.write_bytes(whole + damage)
+        again = Log(config, 3, accelerator)
+        again.load_state_dict(state)
+        again.add({"step": 2, "loss": 3.5})
+        assert lines(file) == [{"step": 1, "loss": 1.5}, {"step": 2, "loss": 3.5}]
+    for damage in (whole.replace(b"1.5", b"1.7"), whole[:-3], b""):
+        file.write_bytes(damage)
+        with pytest.raises(
+            ValueError, match=rf"expected the first {len(whole)} bytes of {file} as they were written, got others\. Restore"
+        ):
+            Log(config, 3, accelerator).load_state_dict(state)
+    file.unlink()
+    again = Log(config, 3, accelerator)
+    with pytest.warns(UserWarning, match=rf"expected {file}, got none"):
+        again.load_state_dict(state)
+    again.add({"step": 2, "loss": 3.5})
+    assert lines(file) == [{"step": 2, "loss": 3.5}]
 
 
 def labelled(folder, names=None):
