@@ -14,6 +14,7 @@ from geomreg.cache import EmbeddingCache
 from geomreg.integrations.recipes.config import DataConfig
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
 from geomreg.integrations.recipes.models import Model, load
+from geomreg.integrations.recipes.preprocess import Preprocess
 from geomreg.integrations.recipes.streams import read
 from geomreg.integrations.recipes.train import Batch, encode
 from geomreg.shards import write_file
@@ -57,6 +58,7 @@ class Options:
         strict: stop at an image that cannot be read, instead of leaving it out.
         check: samples that are embedded again at the end and compared; 0 for none. Files that were replaced under the same name
             are found among these only.
+        preprocess: how images become tensors, for weights from a file whose preprocessing open_clip does not know.
     """
 
     model: str
@@ -80,6 +82,7 @@ class Options:
     templates: tuple[str, ...] = ("a photo of a {}.",)
     strict: bool = False
     check: int = 64
+    preprocess: Preprocess | None = None
 
     def __post_init__(self) -> None:
         if self.options and self.kind is None:
@@ -103,7 +106,7 @@ def embed_data(options: Options) -> EmbeddingCache:
     device = state.device if options.device == "auto" else torch.device(options.device)
     if device.type != state.device.type:
         raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')
-    loaded = load(options.model, options.pretrained)
+    loaded = load(options.model, options.pretrained, preprocess=options.preprocess)
     modalities = ("image", "text") if options.modality == "both" else (options.modality,)
     dataset = _data(options, loaded, modalities)
     precision = _PRECISIONS[options.precision]
