@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 from torch import Tensor, nn
@@ -168,10 +169,10 @@ def _check_weights(model: nn.Module, again: nn.Module, target: Path) -> None:
 def _embedded(model: nn.Module, modality: str, batch: Tensor) -> Tensor:
     parameter = next(model.parameters())
     batch = batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else batch.dtype)
-    found = embed(model, **{modality: batch})
+    found = embed(model, **{modality: batch}, normalize=False)  # not by forward, which accelerate puts under autocast
     value = found.image if modality == "images" else found.text
     assert value is not None
-    return value.float().cpu()
+    return F.normalize(value.float(), dim=-1).cpu()
 
 
 def _compare(name: str, target: Path, modality: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:

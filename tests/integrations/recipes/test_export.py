@@ -8,6 +8,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
@@ -15,7 +17,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertC
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.recipes import selfcheck
 from geomreg.integrations.recipes.export import to_open_clip, to_transformers
-from geomreg.integrations.recipes.models import Lora, ModelConfig, freeze, load, merge_adapters
+from geomreg.integrations.recipes.models import Lora, ModelConfig, compile_blocks, freeze, load, merge_adapters
 from geomreg.integrations.recipes.selfcheck import pictures
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 1}
@@ -149,6 +151,17 @@ def test_export_with_merged_adapters(tmp_path):
     again = load(str(to_open_clip(merge_adapters(model), loaded.config, tmp_path / "out", tokenizer=loaded.tokenizer)))
     for one, other in zip(before, embedded(again.model, again.transform, again.tokenizer, images), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_export_in_the_middle_of_a_run(tmp_path):
+    """Under autocast, compiled, and in training mode."""
+    config = copy.deepcopy(KINDS["patch_dropout"])
+    config["vision_cfg"]["layers"] = 2
+    loaded = load(str(folder_of(tmp_path / "start", config)))
+    AcceleratorState._reset_state(True)
+    Accelerator(cpu=True, mixed_precision="bf16").prepare(compile_blocks(loaded.model).train())
+    AcceleratorState._reset_state(True)  # other tests have other precisions
+    to_open_clip(copy.deepcopy(loaded.model), loaded.config, tmp_path / "out", tokenizer=loaded.tokenizer)
 
 
 def test_check_leaves_no_trace(tmp_path):
