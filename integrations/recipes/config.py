@@ -270,7 +270,7 @@ class Config:
         best: the one of them by which the best model so far is kept in the folder ``best``: validation data of the target.
         best_by: number of that evaluation.
         ensemble: share of the trained weights in a mixture with those at the start, kept in the folder ``ensemble`` (WiSE-FT); None: none.
-        transformers: write the final model in the folder ``transformers`` too, as its CLIPModel; CLIP with a plain ViT alone.
+        transformers: write the final model in the folder ``transformers`` too, with processor and tokenizer; CLIP with a plain ViT alone.
         probe: labelled data that have nothing to do with the target, to watch what is forgotten while the run goes on (drift.jsonl).
         monitor: how, and when to stop.
         trackers: further logs beside metrics.jsonl.

@@ -17,6 +17,7 @@ from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, collate
 from geomreg.integrations.recipes.data.counted import Counted, conversions
 from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.models import Model, load
+from geomreg.integrations.recipes.preprocess import Preprocess
 from geomreg.integrations.recipes.streams import read
 from geomreg.integrations.recipes.train import Batch, encode
 from geomreg.shards import write_file
@@ -61,6 +62,7 @@ class Options:
         strict: stop at an image that cannot be read, instead of leaving it out.
         check: samples that are embedded again at the end and compared; 0 for none. Files that were replaced under the same name
             are found among these only.
+        preprocess: how images become tensors, for weights from a file whose preprocessing open_clip does not know.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Options:
     images: ImageConfig = field(default_factory=ImageConfig)
     strict: bool = False
     check: int = 64
+    preprocess: Preprocess | None = None
 
     def __post_init__(self) -> None:
         if self.options and self.kind is None:
@@ -108,7 +111,7 @@ def embed_data(options: Options) -> EmbeddingCache:
     device = state.device if options.device == "auto" else torch.device(options.device)
     if device.type != state.device.type:
         raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')
-    loaded = load(options.model, options.pretrained, images=options.images)
+    loaded = load(options.model, options.pretrained, images=options.images, preprocess=options.preprocess)
     modalities = ("image", "text") if options.modality == "both" else (options.modality,)
     dataset = _data(options, loaded, modalities)
     precision = _PRECISIONS[options.precision]

@@ -9,6 +9,7 @@ from geomreg.ensemble import interpolate
 from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.head import load_head
 from geomreg.integrations.recipes.models import load
+from geomreg.integrations.recipes.preprocess import FIELDS, Preprocess
 
 __all__ = ["EnsembleOptions", "ensemble"]
 
@@ -46,7 +47,9 @@ def ensemble(options: EnsembleOptions) -> list[Path]:
     if (exported / "open_clip_config.json").is_file() and not (options.finetuned / "open_clip_config.json").is_file():
         raise ValueError(f"ensemble: expected the folder of a model, got that of a run, {options.finetuned}. Pass {exported}.")
     _check_new(options)
-    base, finetuned = load(options.base, options.pretrained), load(str(options.finetuned))
+    finetuned = load(str(options.finetuned))
+    same = {key: finetuned.config["preprocess_cfg"][key] for key in FIELDS}  # no image is read: the base's own need not be known
+    base = load(options.base, options.pretrained, preprocess=Preprocess(**same))
     start, end = ({key: value.clone() for key, value in one.model.state_dict().items()} for one in (base, finetuned))
     trained = load_head(options.finetuned)
     folders = []
@@ -58,7 +61,9 @@ def ensemble(options: EnsembleOptions) -> list[Path]:
             mixed = copy.deepcopy(after)
             mixed.load_state_dict(interpolate(before.state_dict(), after.state_dict(), alpha))
             head = (mixed, before, classes)
-        folders.append(to_open_clip(finetuned.model, finetuned.config, options.output / _name(alpha), head=head))
+        folders.append(
+            to_open_clip(finetuned.model, finetuned.config, options.output / _name(alpha), head=head, tokenizer=finetuned.tokenizer)
+        )
         print(folders[-1])
     return folders
 

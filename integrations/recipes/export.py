@@ -2,30 +2,44 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import QuickGELU, VisionTransformer
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geomreg.integrations.recipes.files import new_folder, put_in_place, writing
 from geomreg.integrations.recipes.head import write_head
+from geomreg.integrations.recipes.selfcheck import check_open_clip, check_transformers, preprocess_of
+from geomreg.integrations.recipes.tokenizers import write_clip_tokenizer, write_tokenizer
 
 __all__ = ["check_plain", "to_open_clip", "to_transformers"]
 
 _PLAIN_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _WRITTEN = {"open_clip_model.safetensors", "head.safetensors", "classes.json", "model.safetensors"}  # beside a configuration
 
 
 def to_open_clip(
-    model: nn.Module, config: dict[str, Any], folder: Path, *, head: tuple[nn.Linear, nn.Linear, Sequence[str]] | None = None
+    model: nn.Module,
+    config: dict[str, Any],
+    folder: Path,
+    *,
+    head: tuple[nn.Linear, nn.Linear, Sequence[str]] | None = None,
+    tokenizer: Callable[..., Tensor] | None = None,
+    check: bool = True,
 ) -> Path:
-    """Write what ``open_clip.create_model_and_transforms("local-dir:...")`` loads: whole, or nothing.
+    """Write what ``open_clip.create_model_and_transforms("local-dir:...")`` and its ``get_tokenizer`` load: whole, or nothing.
+
+    The export is loaded again and compared with the model on a few texts and pictures before it takes the folder's name, see
+    :func:`~geomreg.integrations.recipes.selfcheck.check_open_clip`.
 
     Args:
         model: open_clip model, without adapters.
@@ -33,6 +47,13 @@ def to_open_clip(
         folder: of the export; an export that is there is replaced.
         head: classifier, where it started, and names of the classes: written beside the model by
             :func:`~geomreg.integrations.recipes.head.write_head`; :mod:`geomreg.integrations.recipes.head` says how to load it.
+        tokenizer: the model's; its files travel with the model if it is one of Hugging Face, which needs it.
+        check: False leaves out the comparison.
+
+    Raises:
+        ValueError: a model with a tokenizer of Hugging Face without it.
+        RuntimeError: the export gives other embeddings than the model, or cannot be loaded.
+        OSError: no space to write to.
     """
     state = {key: _on_its_own(value) for key, value in model.state_dict().items()}
     for name in ("logit_scale", "logit_bias"):
@@ -40,26 +61,40 @@ def to_open_clip(
             state[name] = state[name].reshape(())  # FSDP2 needs one dimension, the layout has none
     with _whole(folder) as temporary:
         save_file(state, temporary / "open_clip_model.safetensors", metadata={"format": "pt"})
+        del state  # the check loads another
         (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if head is not None:
             write_head(temporary, *head)
+        write_tokenizer(tokenizer, config["model_cfg"], temporary)
+        if check:
+            check_open_clip(model, config, temporary, folder, tokenizer=tokenizer)
     return folder
 
 
-def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path) -> Path:
-    """Write what ``transformers.CLIPModel.from_pretrained`` loads, for CLIP with plain ViT and text transformer.
+def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path, *, tokenizer: Callable[..., Tensor] | None = None) -> Path:
+    """Write what ``CLIPModel``, ``AutoProcessor`` and ``AutoTokenizer`` of transformers load, for CLIP with plain ViT and text transformer.
+
+    The export is loaded again and compared with the model on a few texts and pictures before it takes the folder's name, see
+    :func:`~geomreg.integrations.recipes.selfcheck.check_transformers`. transformers' tokenizer does not mend broken Unicode and HTML
+    entities in texts as open_clip's does.
 
     Args:
         model: open_clip ``CLIP`` without adapters.
         config: ``{"model_cfg", "preprocess_cfg"}``.
         folder: of the export; an export that is there is replaced.
+        tokenizer: the model's; by default open_clip's own.
 
     Raises:
-        ValueError: an architecture that transformers' CLIPModel does not have.
+        ValueError: an architecture, a tokenizer or a preprocessing that transformers' CLIPModel and its processor do not have.
+        RuntimeError: the export gives other embeddings than the model.
+        OSError: no space to write to.
     """
     from transformers import CLIPConfig, CLIPModel
 
-    check_plain(model, config["model_cfg"])
+    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
+    tokenizer = SimpleTokenizer(context_length=length) if tokenizer is None else tokenizer
+    check_plain(model, config, tokenizer)
+    assert isinstance(tokenizer, SimpleTokenizer)  # has been checked
     vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
     activation = "quick_gelu" if any(isinstance(module, QuickGELU) for module in model.modules()) else "gelu"
     size = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
@@ -81,11 +116,12 @@ def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path) -> P
                 "intermediate_size": round(text["width"] * text.get("mlp_ratio", 4.0)),
                 "num_hidden_layers": text["layers"],
                 "num_attention_heads": text["heads"],
-                "max_position_embeddings": text["context_length"],
-                "vocab_size": text["vocab_size"],
+                "max_position_embeddings": length,
+                "vocab_size": text.get("vocab_size", 49408),
                 "hidden_act": activation,
-                "eos_token_id": text["vocab_size"] - 1,
-                "bos_token_id": text["vocab_size"] - 2,
+                "eos_token_id": tokenizer.eot_token_id,  # where CLIPModel takes the text's embedding: the first of them
+                "bos_token_id": tokenizer.sot_token_id,
+                "pad_token_id": tokenizer.eot_token_id,
             },
         )
     )
@@ -94,7 +130,36 @@ def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path) -> P
         raise ValueError(f"to_transformers: expected the weights of a plain CLIP, got also {unexpected[:3]} and no {missing[:3]}.")
     with _whole(folder) as temporary:
         target.save_pretrained(temporary)
+        write_clip_tokenizer(tokenizer, length, temporary)
+        processor = json.dumps(_processor(preprocess_of(model, config)), indent=1)
+        (temporary / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
+        check_transformers(model, config, temporary, folder, tokenizer)
     return folder
+
+
+def _processor(preprocess: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's preprocessing as transformers' CLIPImageProcessor."""
+    side = _sides(preprocess["size"])[0]
+    shortest = preprocess["resize_mode"] == "shortest"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "CLIPProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side} if shortest else {"height": side, "width": side},
+        "resample": int(_RESAMPLING[preprocess["interpolation"]]),
+        "do_center_crop": shortest,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess["mean"]),
+        "image_std": list(preprocess["std"]),
+    }
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @contextmanager
@@ -114,21 +179,35 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_plain(model: nn.Module, config: dict[str, Any]) -> None:
+def check_plain(model: nn.Module, config: dict[str, Any], tokenizer: Any) -> None:
     """A model that :func:`to_transformers` can write.
 
     Raises:
-        ValueError: another architecture.
+        ValueError: another architecture, tokenizer or preprocessing.
     """
-    reason = None
+    architecture, reason = config["model_cfg"], None
     if not isinstance(model, CLIP) or not isinstance(getattr(model, "visual", None), VisionTransformer):
         reason = f"{type(model).__name__} with {type(getattr(model, 'visual', None)).__name__}"
-    elif extra := sorted(set(config["vision_cfg"]) - _PLAIN_VISION) + sorted(set(config["text_cfg"]) - _PLAIN_TEXT):
+    elif extra := sorted(set(architecture["vision_cfg"]) - _PLAIN_VISION) + sorted(set(architecture["text_cfg"]) - _PLAIN_TEXT):
         reason = f"the options {', '.join(extra)}"
     elif getattr(model, "logit_bias", None) is not None:
         reason = "one with a logit bias"
+    elif not isinstance(tokenizer, SimpleTokenizer):
+        reason = f"one with the tokenizer {type(tokenizer).__name__}"
+    elif len(tokenizer.encoder) > (size := architecture["text_cfg"].get("vocab_size", 49408)):
+        reason = f"a vocabulary of {size} for a tokenizer with {len(tokenizer.encoder)} entries"
+    else:
+        preprocess = preprocess_of(model, config)
+        (height, width), mode = _sides(preprocess["size"]), preprocess["resize_mode"]
+        if height != width:
+            reason = f"images of {height} x {width} pixels, which CLIPModel does not take"
+        elif mode not in ("shortest", "squash") or preprocess["interpolation"] not in _RESAMPLING:
+            reason = f"the resize mode {mode} with {preprocess['interpolation']}, which its processor does not have"
     if reason:
-        raise ValueError(f"to_transformers: expected CLIP with a plain ViT and text transformer, got {reason}. Use open_clip's layout.")
+        raise ValueError(
+            f"to_transformers: expected CLIP with a plain ViT and text transformer, got {reason}. Use open_clip's layout, in a run "
+            "--transformers false."
+        )
 
 
 def _on_its_own(value: Tensor) -> Tensor:

@@ -149,7 +149,8 @@ def _finetune_from(config: Config) -> Path:
     if accelerator.is_main_process:
         run.export(config.output / "model")
         if config.transformers:
-            to_transformers(merge_adapters(copy.deepcopy(run.model)), run.loaded.config, config.output / "transformers")
+            tuned = merge_adapters(copy.deepcopy(run.model))
+            to_transformers(tuned, run.loaded.config, config.output / "transformers", tokenizer=run.loaded.tokenizer)
         mixture = None
         if config.ensemble is not None:
             options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
@@ -172,11 +173,12 @@ class _Run:
         self.checkpoints = config.output / "checkpoints"
         check_learning_rate(config)
         check_batches(config)
-        self.loaded = load(config.model.name, config.model.pretrained, crop=config.train.crop, images=config.images)
+        given = config.model
+        self.loaded = load(given.name, given.pretrained, crop=config.train.crop, images=config.images, preprocess=given.preprocess)
         self.model = self.loaded.model
         self.made_of: dict[str, Any] = {"weights": digest_of_weights(self.model), "configuration of the model": self.loaded.config}
         if config.transformers:
-            check_plain(self.model, self.loaded.config["model_cfg"])
+            check_plain(self.model, self.loaded.config, self.loaded.tokenizer)
         self._build_teacher_and_terms()
         self._build_streams()
         self._build_bank()
@@ -351,7 +353,7 @@ class _Run:
         model = merge_adapters(copy.deepcopy(self.model))
         head = take_head(model)
         trained = None if head is None or self.start is None else (head, self.start, self.classes)
-        to_open_clip(model, self.loaded.config, folder, head=trained)
+        to_open_clip(model, self.loaded.config, folder, head=trained, tokenizer=self.loaded.tokenizer)
 
 
 def _monitor(run: _Run) -> RunMonitor | None:

@@ -3,7 +3,9 @@
 import difflib
 import json
 import math
+import pickle
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -12,6 +14,7 @@ from typing import Any, Literal
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -20,6 +23,8 @@ from geomreg.checks import check_count, check_positive
 from geomreg.gradients import reached
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.recipes.data.rgb import ImageConfig, Preprocessing
+from geomreg.integrations.recipes.preprocess import Preprocess, preprocess_of_file
+from geomreg.integrations.recipes.tokenizers import load_tokenizer
 
 __all__ = [
     "Lora",
@@ -69,6 +74,7 @@ class ModelConfig:
         logit_scale: trained or frozen.
         max_logit_scale: clamp it after each step (CLIP's 100); None: FLYP does not.
         lora: train adapters instead of the weights.
+        preprocess: how images become tensors, for weights from a file whose preprocessing open_clip does not know.
     """
 
     name: str
@@ -78,6 +84,7 @@ class ModelConfig:
     logit_scale: Literal["trained", "frozen"] = "trained"
     max_logit_scale: float | None = None
     lora: Lora | None = None
+    preprocess: Preprocess | None = None
 
     def __post_init__(self) -> None:
         if self.max_logit_scale is not None:
@@ -116,7 +123,14 @@ def model_folder() -> Path:
     return Path(str(resources.files("geomreg.integrations.quickstart") / "model"))
 
 
-def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] = (0.9, 1.0), images: ImageConfig | None = None) -> Model:
+def load(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    crop: tuple[float, float] = (0.9, 1.0),
+    images: ImageConfig | None = None,
+    preprocess: Preprocess | None = None,
+) -> Model:
     """A pre-trained open_clip model by name, or from a folder.
 
     Args:
@@ -124,29 +138,21 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         pretrained: tag or file of the weights; not for a folder or a hub.
         crop: scale of the random crops in training; FLYP's.
         images: how image files are read; by default as the folder of an exported model says, or by the defaults.
+        preprocess: fields that differ from what the weights come with. Weights from a file come with what all of open_clip's tags for the
+            model agree on.
 
     Raises:
-        ValueError: an unknown name, no weights, or weights beside a folder; a damaged configuration.
-        RuntimeError: damaged weights.
+        ValueError: an unknown name, no weights, or weights beside a folder; a damaged or impossible configuration; weights whose
+            preprocessing is not known; a tokenizer whose files are not to be had; a TorchScript archive.
+        RuntimeError: damaged weights, or those of another architecture.
     """
+    stated = {} if preprocess is None else preprocess.stated()
     folder = model_folder() if name == "emojiclip" else Path(name)
     if folder.is_dir():
         if pretrained is not None:
             raise ValueError(f"load: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
-        if not (folder / "open_clip_config.json").is_file():
-            raise ValueError(f"load: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
-        weights = (path for path in folder.iterdir() if path.name != "head.safetensors")
-        if not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in weights):  # open_clip would begin at random
-            raise ValueError(f"load: expected weights in the model's folder {name}, got none. Export or copy the model there.")
-        name = f"local-dir:{folder}"
-        try:
-            written = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-            config = written["model_cfg"]
-            images = images or ImageConfig(**written.get("images", {}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"load: expected open_clip_config.json with model_cfg in {folder}, got {error}. Export the model anew."
-            ) from error
+        name, (config, written) = f"local-dir:{folder}", _config_of_folder(folder, name, stated)
+        images = images or written
     elif name.startswith("hf-hub:"):
         config = open_clip.get_model_config(name)
     elif name not in open_clip.list_models():
@@ -158,23 +164,82 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         raise ValueError(f"load: expected pretrained weights for {name} (a file, or of: {known}), got none. Pass them.")
     else:
         config = open_clip.get_model_config(name)
+        if not open_clip.get_pretrained_cfg(name, pretrained) and Path(pretrained).is_file():
+            _refuse_torchscript(Path(pretrained))
+            stated = preprocess_of_file(name, pretrained, stated)
+    tokenizer = load_tokenizer(name, config)  # before the costly part
+    model = _built(name, pretrained, stated)
+    found = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    train_transform = image_transform_v2(found, is_train=True, aug_cfg={"scale": crop})
+    images = (images or ImageConfig()).resolved(found.fill_color)
+    described = {"model_cfg": config, "preprocess_cfg": asdict(found), "images": asdict(images)}
+    transforms = (Preprocessing(one, images) for one in (train_transform, image_transform_v2(found, is_train=False)))
+    return Model(model.float().eval(), described, *transforms, tokenizer)
+
+
+def _config_of_folder(folder: Path, name: str, stated: dict[str, Any]) -> tuple[dict[str, Any], ImageConfig]:
+    """The ``model_cfg`` of a folder in open_clip's layout, which also says how images are normalised, and how ours reads image files."""
+    file = folder / "open_clip_config.json"
+    if not file.is_file():
+        raise ValueError(f"load: expected open_clip_config.json in the model's folder {name}, got none. Export the model there.")
+    weights = (path for path in folder.iterdir() if path.name != "head.safetensors")
+    if not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in weights):  # open_clip would begin at random
+        raise ValueError(f"load: expected weights in the model's folder {name}, got none. Export or copy the model there.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = content["model_cfg"]
+        for part in (config, config["vision_cfg"], config["text_cfg"], preprocess := content.get("preprocess_cfg", {})):
+            if not isinstance(part, dict):
+                raise TypeError(f"{type(part).__name__} where a mapping should be")
+        images = ImageConfig(**content.get("images", {}))
+    except (ValueError, KeyError, TypeError) as error:
+        got = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"load: expected open_clip_config.json with model_cfg in {folder}, got {got}. Export the model anew.") from error
+    if lacking := [key for key in ("mean", "std") if preprocess.get(key) is None and key not in stated]:
+        raise ValueError(
+            f"load: expected preprocess_cfg with mean and std in {file}, got no {' and no '.join(lacking)}. Write there what the weights "
+            f"were trained with, or state it in model.preprocess, say --model.preprocess.{lacking[0]} '[0.5,0.5,0.5]' (in geomreg embed "
+            f"--preprocess.{lacking[0]})."
+        )
+    return config, images
+
+
+def _refuse_torchscript(file: Path) -> None:
+    """An archive of code and weights, as OpenAI published CLIP's."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        if not any("/code/" in one for one in archive.namelist()):
+            return
+    raise ValueError(
+        f"load: expected a file of weights, got the TorchScript archive {file}. Convert it: "
+        f"state = torch.jit.load({str(file)!r}, map_location='cpu').state_dict(); "
+        "torch.save({k: v for k, v in state.items() if k not in ('input_resolution', 'context_length', 'vocab_size')}, 'weights.pt')."
+    )
+
+
+def _built(name: str, pretrained: str | None, preprocess: dict[str, Any]) -> nn.Module:
+    """The model by open_clip, on the CPU; what it cannot build is said in one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            model, train_transform, transform = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained, output_dict=True, aug_cfg={"scale": crop}
-            )
-        except SafetensorError as error:
+            model: nn.Module = open_clip.create_model(name, pretrained=pretrained, output_dict=True, force_preprocess_cfg=preprocess)
+        except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
             raise RuntimeError(
-                f"load: expected whole weights of {pretrained or name}, got a damaged file ({error}). Copy it anew."
+                f"load: expected whole weights of {pretrained or name}, got a damaged file ({' '.join(str(error).split())[:200]}). "
+                "Copy it anew."
             ) from error
-        except Exception as error:  # open_clip and torch raise of every kind where a configuration is impossible
-            if not folder.is_dir():
-                raise
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"load: expected {folder / 'open_clip_config.json'} to describe the model whose weights are beside it, got {said:.200}. "
-                "Export or copy the model anew."
+        except (AssertionError, ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            got = f"{type(error).__name__} ({' '.join(str(error).split())[:300]})"
+            if name.startswith("local-dir:"):
+                file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+                raise ValueError(
+                    f"load: expected a model that open_clip can build, and that fits the weights beside it, in {file}, got {got}. Mend the "
+                    "file, or export the model anew."
+                ) from error
+            raise RuntimeError(
+                f"load: expected weights that fit {name} in {pretrained or name}, got {got}. Use those of this model, or copy the file "
+                "anew."
             ) from error
     if any("QuickGELU" in str(one.message) for one in caught):
         raise ValueError(
@@ -183,12 +248,7 @@ def load(name: str, pretrained: str | None = None, *, crop: tuple[float, float] 
         )
     for one in caught:
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    preprocess = open_clip.get_model_preprocess_cfg(model)
-    described = {"model_cfg": config, "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")}}
-    images = (images or ImageConfig()).resolved(preprocess["fill_color"])
-    described["images"] = asdict(images)
-    transforms = (Preprocessing(one, images) for one in (train_transform, transform))
-    return Model(model.float().eval(), described, *transforms, open_clip.get_tokenizer(name))
+    return model
 
 
 def freeze(model: nn.Module, config: ModelConfig) -> nn.Module:
