@@ -24,7 +24,7 @@ MODELS = {
     "custom_text": {"custom_text": True},
     "logit_bias": {"init_logit_bias": -10.0, "custom_text": True},
     "patch_dropout": {"vision_cfg": {**VISION, "patch_dropout": 0.5}},
-    "drop_path": {"vision_cfg": {**DROP_PATH, "image_size": 32, "timm_drop_path": 0.5}},
+    "drop_path": {"vision_cfg": {**DROP_PATH, "image_size": 224, "timm_drop_path": 0.5}},
     "batch_norm": {"vision_cfg": RESNET},
 }
 TEACHERS = ("frozen", "adapters_off", "averaged", "cached")
@@ -116,7 +116,11 @@ def run_of(folder, kind="csv", model="plain", teacher="frozen", *, built=None):
         made = Options(str(loaded), Path(source.path), cache, kind=source.kind, options=source.options, workers=0, device="cpu")
         embed_data(made)
     method = MethodConfig("m", TEXT_TERMS if kind == "random_texts" else TERMS, teacher=teacher, cache=cache)
-    lora = {"lora": Lora(rank=2, targets=("c_fc",))} if teacher == "adapters_off" else {}
+    lora = (
+        {"lora": Lora(rank=2, layers=("c_fc", "fc1") if model == "drop_path" else ("c_fc",)), "logit_scale": "frozen"}
+        if teacher == "adapters_off"
+        else {}
+    )
     train = TrainConfig(steps=1, batch_size=4, learning_rate=1e-9, warmup_steps=1, workers=0)
     return Config(
         ModelConfig(str(loaded), **lora), target, train, folder / "run", method, reference, device="cpu", ensemble=None
