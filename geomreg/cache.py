@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -38,6 +39,7 @@ from geomreg.checks import check_count, check_positive
 from geomreg.shards import Shard, Table, id_hashes
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
+from geomreg.views import text_views
 
 __all__ = ["EmbeddingCache"]
 
@@ -50,7 +52,9 @@ class EmbeddingCache:
     a fingerprint: the teacher's weights, preprocessing or tokenizer, normalisation, data set; a mismatch names the part that
     differs.
 
-    A cache holds one view for each sample. Augmented reference images need the teacher itself.
+    A cache holds one view for each sample. Augmented reference images need the teacher itself. Of texts that are token ids ``(B, L)`` at
+    ``"text"`` the cache knows which ones it embedded: another text under the same id (another template, an edited caption) is an error,
+    never a wrong embedding. Images are known by their ids and the transform alone.
 
     Example:
         >>> import tempfile, torch
@@ -115,18 +119,22 @@ class EmbeddingCache:
         hashes = id_hashes("EmbeddingCache", [sample])
         return all(bool((table.find(hashes) >= 0).all()) for table in self._tables.values())
 
-    def __call__(self, ids: Iterable[object] | Tensor, modalities: tuple[str, ...] | None = None) -> Embeddings:
+    def __call__(
+        self, ids: Iterable[object] | Tensor, modalities: tuple[str, ...] | None = None, *, text: Tensor | None = None
+    ) -> Embeddings:
         """Embeddings of some samples.
 
         Args:
             ids: B sample ids: whole numbers or strings; a tensor of integers is read as such.
             modalities: what is read; by default all that the cache has.
+            text: ``(B, L)`` token ids of the samples' texts, if they are at hand: compared with those that were embedded, where texts are
+                read. Zeros at the end do not count.
 
         Returns:
             :class:`Embeddings` of ``(B, D)`` fp32 tensors on the CPU; None for what is not read.
 
         Raises:
-            ValueError: ids that are not in the cache.
+            ValueError: ids that are not in the cache; another text than the one that was embedded.
             RuntimeError: damaged files, found at the first touch of each block of rows.
         """
         if isinstance(ids, (str, bytes)) or (isinstance(ids, Tensor) and ids.ndim != 1):
@@ -143,6 +151,8 @@ class EmbeddingCache:
                     f"EmbeddingCache: expected ids of {table.folder}, got {len(absent)} of {len(known)} that it lacks: {shown}. Build the "
                     "cache over all reference data; an id's type counts (7 is not '7')."
                 )
+            if modality == "text" and (views := text_views({"text": text}, len(known))) is not None:
+                _check_views(table, known, rows, views)
             found[modality] = torch.from_numpy(table.read(rows)).float()
         return Embeddings(**found)
 
@@ -199,7 +209,7 @@ class EmbeddingCache:
         for modality in shared:
             compare(self.path, modality, self._tables[modality].description["fingerprint"], expected[modality])
         chosen = torch.randperm(source.length, generator=torch.Generator().manual_seed(seed))[:n].tolist()
-        for ids, embeddings in source.embedded([chosen[k : k + source.batch_size] for k in range(0, len(chosen), source.batch_size)]):
+        for ids, embeddings, _ in source.embedded([chosen[k : k + source.batch_size] for k in range(0, len(chosen), source.batch_size)]):
             if ids:
                 self._compare_rows(ids, embeddings, shared, tolerance)
 
@@ -318,6 +328,15 @@ class EmbeddingCache:
                         tidy(path)
             with agreed():
                 return cls.open(path)
+
+
+def _check_views(table: Table, ids: list[Any], rows: NDArray[np.int64], views: NDArray[np.uint64]) -> None:
+    if (other := np.flatnonzero(table.other_views(rows, views))).size:
+        raise ValueError(
+            f"EmbeddingCache: expected the texts that {table.folder} was built from, got another for {other.size} of {len(ids)} samples: "
+            f"{', '.join(repr(ids[k]) for k in other[:3])}. Show the text that was embedded (template, caption, tokenizer), or use the "
+            "teacher itself."
+        )
 
 
 def _opened_again(path: Path, folders: dict[str, str]) -> EmbeddingCache:

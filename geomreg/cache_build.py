@@ -28,6 +28,7 @@ from geomreg.shards import DTYPES, Shard, Table, damaged, id_hashes, read_json, 
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 from geomreg.units import size_text
+from geomreg.views import text_views
 
 __all__ = [
     "BF16",
@@ -152,8 +153,8 @@ class Source:
                 )
         return ids, once
 
-    def embedded(self, batches: list[list[int]]) -> Iterator[tuple[list[Any], Embeddings]]:
-        """Ids and embeddings of each batch of sample numbers; fp32 or fp16 on the CPU."""
+    def embedded(self, batches: list[list[int]]) -> Iterator[tuple[list[Any], Embeddings, NDArray[np.uint64] | None]]:
+        """Ids, embeddings (fp32 or fp16 on the CPU) and views of the texts of each batch of sample numbers."""
         loader = DataLoader(
             self.samples,
             batch_sampler=batches,
@@ -162,7 +163,8 @@ class Source:
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
-            yield self.encoded(self._checked(batch))
+            ids, embeddings = self.encoded(self._checked(batch))
+            yield ids, embeddings, text_views(batch, len(ids)) if ids else None
 
     def encoded(self, batch: Mapping[str, Any]) -> tuple[list[Any], Embeddings]:
         """Ids and embeddings of a batch; fp32 or fp16 on the CPU."""
@@ -300,7 +302,7 @@ class TableBuild:
         try:
             shard = Shard(self.partial, number)
             hashes = shard.hashes()
-            shard.ids()  # raises if damaged
+            shard.ids(), shard.views()  # raise if damaged
             if not len(shard):
                 return True
             for (ids, embeddings), all_there in ((first, True), (probe, False)):
@@ -438,9 +440,11 @@ def _embed_share(
     ids: list[Any] = []
     seen: NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
     parts: dict[str, list[Tensor]] = {one.modality: [] for one in todo}
+    views: list[NDArray[np.uint64] | None] = []
     with tqdm(total=done + sum(map(len, batches)), initial=done, unit="samples", desc="embedding", disable=not progress or rank > 0) as bar:
-        for k, (of_batch, embeddings) in enumerate(source.embedded(batches)):
+        for k, (of_batch, embeddings, viewed) in enumerate(source.embedded(batches)):
             ids += of_batch
+            views += [viewed] if of_batch else []
             if ranks > 1:
                 _check_failed(todo[0].path / _FAILED)
             for modality in parts if of_batch else ():
@@ -453,8 +457,8 @@ def _embed_share(
                 seen = _added(source.name, seen, ids)
                 for one in todo:
                     if not (one.partial / shard_name(last_of[k])).exists():
-                        _write(one, last_of[k], ids, parts[one.modality], probe[1])
-                ids, parts = [], {modality: [] for modality in parts}
+                        _write(one, last_of[k], ids, parts[one.modality], probe[1], views)
+                ids, parts, views = [], {modality: [] for modality in parts}, []
             bar.update(len(batches[k]))
 
 
@@ -472,7 +476,14 @@ def _added(name: str, seen: NDArray[np.uint64], ids: list[Any]) -> NDArray[np.ui
     return np.sort(np.concatenate([seen, hashes]))
 
 
-def _write(one: TableBuild, number: int, ids: list[Any], parts: list[Tensor], probe: Embeddings) -> None:
+def _write(
+    one: TableBuild,
+    number: int,
+    ids: list[Any],
+    parts: list[Tensor],
+    probe: Embeddings,
+    views: list[NDArray[np.uint64] | None],
+) -> None:
     width = getattr(probe, one.modality).shape[1]
     if other := [part.shape[1] for part in parts if part.shape[1] != width]:
         raise ValueError(f"{one.source.name}: expected {one.modality} embeddings of width {width}, got {other[0]}. Look at encode.")
@@ -480,7 +491,9 @@ def _write(one: TableBuild, number: int, ids: list[Any], parts: list[Tensor], pr
         rows: NDArray[Any] = torch.cat([torch.empty(0, width), *parts]).numpy().astype(DTYPES[one.description["dtype"]])
     if not np.isfinite(rows).all():
         raise ValueError(f"{one.source.name}: expected embeddings that fit into float16, got larger ones. Use dtype=torch.float32.")
-    write_shard(one.partial, number, ids, rows)
+    known = [viewed for viewed in views if viewed is not None]
+    of_all = np.concatenate(known) if one.modality == "text" and known and len(known) == len(views) else None
+    write_shard(one.partial, number, ids, rows, of_all)
 
 
 def _check_space(todo: list[TableBuild], probe: Embeddings) -> None:

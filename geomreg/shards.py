@@ -1,8 +1,9 @@
 """Rows of embeddings on disk, found by id: the file format of :mod:`geomreg.cache`.
 
 A table is a folder of safetensors shards, an index and ``table.json``. A shard holds ``embeddings`` (N, D), the ``hashes`` and the
-``ids`` of its rows and a checksum for every block of rows; the index holds the hashes of all rows, sorted, and where each row is. Nothing
-in it is ever executed, and any safetensors reader can open it.
+``ids`` of its rows and a checksum for every block of rows, and of texts the ``views``, hashes of what was embedded
+(:func:`geomreg.views.text_views`; older tables have none); the index holds the hashes of all rows, sorted, and where each row is.
+Nothing in it is ever executed, and any safetensors reader can open it.
 
 Rows are read at their position in the file, not through a memory map: a truncated file then is an error instead of a killed process
 (SIGBUS), and resident memory is that of the rows asked for (a mapping keeps up to 64 KB for each row touched). The index is
@@ -130,7 +131,9 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, ids: Sequence[object], embeddings: NDArray[Any]) -> None:
+def write_shard(
+    folder: Path, number: int, ids: Sequence[object], embeddings: NDArray[Any], views: NDArray[np.uint64] | None = None
+) -> None:
     """One finished shard."""
     embeddings, hashes = np.ascontiguousarray(embeddings), id_hashes("EmbeddingCache", ids)
     names = np.frombuffer(json.dumps([one if isinstance(one, str) else int(one) for one in ids]).encode(), dtype=np.uint8)  # type: ignore[call-overload]
@@ -141,6 +144,8 @@ def write_shard(folder: Path, number: int, ids: Sequence[object], embeddings: ND
         "of_ids": np.array([zlib.crc32(hashes.tobytes()), zlib.crc32(names.tobytes())], dtype=np.uint32),
         "checksums": np.array([_checksum(number, k, block) for k, block in enumerate(_blocks(embeddings))], dtype=np.uint32),
     }
+    if views is not None:
+        content |= {"views": views, "of_views": np.array([zlib.crc32(views.tobytes())], dtype=np.uint32)}
     write_file(folder / shard_name(number), save(content))
 
 
@@ -154,7 +159,7 @@ def write_index(folder: Path, numbers: Sequence[int], description: Mapping[str, 
     rows = [len(shard) for shard in shards]
     hashes = np.concatenate([shard.hashes() for shard in shards])
     for shard in shards:
-        shard.ids()  # raises if damaged
+        shard.ids(), shard.views()  # raise if damaged
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     (twice,) = np.nonzero(hashes[1:] == hashes[:-1])
@@ -255,6 +260,15 @@ class Shard:
             raise damaged(self.path, f"unreadable ids ({error})") from error
         return found
 
+    def views(self) -> NDArray[np.uint64] | None:
+        """``(N,)`` hashes of what was embedded; None where a shard has none."""
+        if "views" not in self._tensors:
+            return None
+        value, of_views = self._array("views"), self._array("of_views")
+        if value.shape != (self._rows,) or len(of_views) != 1 or zlib.crc32(value.tobytes()) != of_views[0]:
+            raise damaged(self.path, "views with another checksum")
+        return value
+
     def _checked(self, key: str, which: int) -> NDArray[Any]:
         value = self._array(key)
         if len(self._array("of_ids")) != 2 or zlib.crc32(value.tobytes()) != self._array("of_ids")[which]:
@@ -317,6 +331,7 @@ class Table:
     rows: NDArray[np.int64]
     ends: NDArray[np.int64]
     shards: dict[int, Shard] = field(default_factory=dict)
+    of_shards: dict[int, NDArray[np.uint64] | None] = field(default_factory=dict)  # views, read once
 
     @classmethod
     def open(cls, folder: Path) -> "Table":
@@ -367,6 +382,19 @@ class Table:
             entry = self.description["shards"][k]
             shard = self._shard(entry["number"], entry["rows"])
             shard.read(ordered[places] - (int(self.ends[k]) - entry["rows"]), found, order[places])
+        return found
+
+    def other_views(self, rows: NDArray[np.int64], views: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of the rows were embedded from something else than ``views``; none where the table does not know."""
+        found = np.zeros(len(rows), dtype=bool)
+        of = np.searchsorted(self.ends, rows, side="right")
+        for k in np.unique(of).tolist():
+            entry = self.description["shards"][k]
+            if k not in self.of_shards:
+                self.of_shards[k] = self._shard(entry["number"], entry["rows"]).views()
+            if (stored := self.of_shards[k]) is not None:
+                (places,) = np.nonzero(of == k)
+                found[places] = stored[rows[places] - (int(self.ends[k]) - entry["rows"])] != views[places]
         return found
 
     def _shard(self, number: int, rows: int) -> Shard:

@@ -130,7 +130,8 @@ class Teacher(nn.Module):
     ) -> "Teacher":
         """Embeddings that were computed before: looked up by ``batch["id"]``, on the device of the batch's other tensors.
 
-        Exact where each sample always looks the same: a cache holds one view of each, so the student must see the same one.
+        Exact where each sample always looks the same: a cache holds one view of each, so the student must see the same one. Where the batch
+        has token ids at ``"text"``, they are compared with those that were embedded; images are not compared, so give ``preprocessing``.
 
         Args:
             cache: an open :class:`geomreg.EmbeddingCache`.
@@ -139,7 +140,8 @@ class Teacher(nn.Module):
             modalities: ``("image",)`` or ``("text",)`` for a student that embeds only these; by default all that the cache has.
 
         Raises:
-            ValueError: another preprocessing or tokenizer than the cache's; modalities that it lacks; in a call, unknown ids.
+            ValueError: another preprocessing or tokenizer than the cache's; modalities that it lacks; in a call, unknown ids, or
+                another text than the one that was embedded.
             TypeError: in a call, a batch without ``"id"``.
             RuntimeError: in a call, damaged files.
         """
@@ -445,7 +447,7 @@ class _Cached(Teacher):
         if not isinstance(batch, Mapping) or "id" not in batch:
             raise TypeError(f'Teacher: expected a batch as a dict with "id" to look up, got {describe(batch)}. Let the data set give ids.')
         device = next((value.device for key, value in batch.items() if key != "id" and isinstance(value, Tensor)), torch.device("cpu"))
-        found = self.cache(batch["id"], self.modalities)
+        found = self.cache(batch["id"], self.modalities, text=batch.get("text"))
         return Embeddings(*(None if value is None else value.to(device) for value in found))
 
     def fingerprint(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from golden_cases import case
 from torch import Tensor, nn
 
-from geomreg import DiVE, Embeddings, FeatureDistillation, Teacher
+from geomreg import DiVE, EmbeddingCache, Embeddings, FeatureDistillation, Teacher
 from geomreg.schedules import Linear
 
 
@@ -500,3 +500,23 @@ def test_adapters_of_a_tower_that_a_batch_does_not_use(first):
     teacher = Teacher.adapters_off(model, lambda model, batch: Embeddings(**{key: layers[key](value) for key, value in batch.items()}))
     for key in (first, "image", "text"):
         assert getattr(teacher({key: torch.randn(3, 4)}), key).shape == (3, 4)
+
+
+def test_cached_texts_belong_to_what_was_drawn(tmp_path):
+    """Another text under a known id is an error; other types and more padding are not."""
+    tokens = torch.tensor([[1, 5, 2, 0], [1, 6, 2, 0], [1, 7, 8, 2]])
+    data = [{"id": row, "text": tokens[row]} for row in range(3)]
+    table = torch.nn.Embedding(10, 4)
+    teacher = Teacher(table, lambda model, batch: Embeddings(text=model(batch["text"]).sum(dim=1)))
+    cached = Teacher.cached(EmbeddingCache.build(teacher, data, tmp_path, progress=False, shard_rows=2, batch_size=2))
+    batch = {"id": torch.tensor([2, 0, 1]), "text": tokens[[2, 0, 1]]}
+    expected = teacher(batch).text
+    wider = torch.nn.functional.pad(batch["text"].int(), (0, 3))
+    for text in (batch["text"], wider):
+        assert torch.equal(cached({**batch, "text": text}).text, expected)
+    assert torch.equal(cached({"id": batch["id"]}).text, expected)
+    batch["text"][1, 1] = 9
+    with pytest.raises(
+        ValueError, match=r"^EmbeddingCache: expected the texts that .* was built from, got another for 1 of 3 samples: 0\."
+    ):
+        cached(batch)

@@ -110,7 +110,8 @@ class MethodConfig:
         bank_size: texts of a bank; None: as many as reference samples.
         teacher: ``frozen`` copy of the model, ``adapters_off`` (with LoRA), ``averaged``, or ``cached`` (needs ``cache``).
         teacher_decay: of an averaged teacher.
-        cache: folder of a cache of the reference data, by ``geomreg embed``.
+        cache: folder of a cache of the reference data, by ``geomreg embed``, of the same samples, templates and captions. With it each
+            labelled reference sample keeps one text, that of the cache, where other teachers see a random template at each draw.
     """
 
     name: str = "flyp"

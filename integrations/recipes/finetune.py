@@ -25,6 +25,7 @@ import geomreg
 from geomreg.cache import EmbeddingCache
 from geomreg.compose import WeightedSum
 from geomreg.integrations.recipes import checkpoint
+from geomreg.integrations.recipes.cached import check_cached
 from geomreg.integrations.recipes.config import LABELLED, READERS, Config, DataConfig, MethodConfig, TermConfig, check_options
 from geomreg.integrations.recipes.ensemble import EnsembleOptions, ensemble
 from geomreg.integrations.recipes.evaluate import evaluate
@@ -253,17 +254,18 @@ class _Run:
         options = {"transform": self.loaded.train_transform, "labelled": labelled}
         self.streams = {"target": self._stream("target", config.target, train.batch_size, of_target, **options)}
         if found is not None:
-            self.streams["reference"] = self._stream("reference", found, self.references, of_reference)
+            cached = config.method.teacher == "cached" and self.teacher is not None
+            self.streams["reference"] = self._stream("reference", found, self.references, of_reference, fixed=cached)
+            if cached and self.teacher is not None:
+                check_cached(self.teacher, self.streams["reference"].dataset, self.model.to(self.accelerator.device))
         target, known = self.streams["target"].dataset, labelled or config.target.kind in LABELLED
         self.tokens = class_tokens(target, self.loaded) if known else None
         self.classes = tuple(target.classes) if known else ()
 
     def try_samples(self) -> None:
-        """A sample of each data set can be read, and a cached teacher knows that of the reference."""
-        for name, stream in self.streams.items():
-            sample = stream.drawn[0, 0]
-            if name == "reference" and self.config.method.teacher == "cached" and self.teacher is not None:
-                self.teacher({"id": [sample["id"]]})
+        """A sample of each data set can be read."""
+        for stream in self.streams.values():
+            stream.drawn[0, 0]
 
     def _build_bank(self) -> None:
         """Of texts, for terms that take one."""

@@ -1,6 +1,7 @@
 """The two backward passes of a training step: the target's loss with its terms, and the regularizer on the reference."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from geomreg.regularizers import ProjectionOrthogonality, WeightAnchor
 from geomreg.step import backward
 from geomreg.types import Embeddings
 
-__all__ = ["ON_PARAMETERS", "Batch", "Passes"]
+__all__ = ["ON_PARAMETERS", "Batch", "Passes", "evaluating"]
 
 Batch = dict[str, Any]  # "image" (B, 3, H, W), "text" token ids (B, L), or one of them; "label" (B,); for a cached teacher "id", B of them
 ON_PARAMETERS = (WeightAnchor, ProjectionOrthogonality)  # terms that look at no embeddings
@@ -95,6 +96,12 @@ class Passes:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Unweighted terms and weighted sum on a reference batch; adds the gradient of ``factor`` times the sum.
 
+        With a teacher the student is in evaluation mode meanwhile, as the teacher is: dropout, drop path and patch dropout would make it
+        differ from the teacher where their weights are equal. Batch normalisation uses, and leaves, its running statistics; these are
+        part of the model and moved with the target batch of this very step, so that terms of a ResNet are not 0 at the first step.
+        The target batch, terms on it included, is embedded once, in training mode, as its loss needs it. A Hugging Face tower
+        checkpoints no activations in evaluation mode.
+
         ``see`` is called with the student's and the teacher's embeddings, those of a chunk at a time.
         """
         parts: dict[str, Tensor] = {}
@@ -111,10 +118,11 @@ class Passes:
         def of_rows(e: Embeddings, index: Tensor) -> Tensor:
             return of(e, _rows(frozen, index), len(index) / rows)
 
-        if regularizer.separable:
-            total = self._backward(self.encode, inputs, of_rows, everything=everything, separable="unchecked")
-        else:
-            total = self._backward(self.encode, inputs, lambda e: of(e, frozen, 1.0), everything=everything)
+        with contextlib.nullcontext() if frozen is None else evaluating(self.model):
+            if regularizer.separable:
+                total = self._backward(self.encode, inputs, of_rows, everything=everything, separable="unchecked")
+            else:
+                total = self._backward(self.encode, inputs, lambda e: of(e, frozen, 1.0), everything=everything)
         return parts, total / factor
 
     def _terms(
@@ -133,6 +141,18 @@ class Passes:
         """Add the gradient; ``everything`` declares each parameter, not only those that losses use outside of the encoder."""
         parameters = self.parameters if everything else self.outside
         return backward(encode, batch, loss_fn, parameters=parameters, **self.options, **options)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; then every submodule's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _on_parameters(regularizer: WeightedSum) -> bool:

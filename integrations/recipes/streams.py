@@ -94,6 +94,7 @@ class Stream:
         workers: loading processes.
         labelled: make classes of the captions of pairs.
         strict: raise on a broken sample instead of drawing another.
+        fixed: each sample always has the same text, the reader's own, as a cache of teacher embeddings holds it.
 
     Raises:
         ValueError: a batch that the processes cannot share, or that is larger than the data set.
@@ -112,11 +113,12 @@ class Stream:
         workers: int,
         labelled: bool = False,
         strict: bool = False,
+        fixed: bool = False,
     ) -> None:
         rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         if size % ranks:
             raise ValueError(f"finetune: expected a batch that {ranks} processes can share, got {size}. Choose a multiple of it.")
-        templated = config.kind in LABELLED and modalities == ("image", "text")
+        templated = config.kind in LABELLED and modalities == ("image", "text") and not fixed
         modalities = ("image",) if templated else modalities
         self.dataset = read(config, loaded, transform=transform, modalities=modalities, labelled=labelled, strict=strict)
         self.drawn = Drawn(self.dataset, seed=seed, texts=class_tokens(self.dataset, loaded) if templated else None)
