@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from geomreg.checks import check_chunks, check_count, check_option, check_returned, check_same_rows, check_scalar, describe
 from geomreg.chunks import SeparablePass, separable_pass
+from geomreg.distributed import all_reduce_max
 from geomreg.gradients import reached
 from geomreg.random_state import random_state, set_random_state
 from geomreg.separable import check_arguments, refusing_unseparable, try_once
@@ -80,8 +81,8 @@ def backward(
 
     Note:
         Random numbers of torch are replayed, on the CPU and on the devices of batch, model and parameters; those of Python and NumPy
-        are not. A term on feature maps cannot be chunked: its maps are activations. Under FSDP2 every process needs as many
-        chunks as the others: each forward pass is a collective.
+        are not. A term on feature maps cannot be chunked: its maps are activations. Under FSDP2, where each forward pass is a
+        collective, all processes must call this together; those with fewer chunks than the others encode a row more for each, to no effect.
 
     Example:
         >>> import torch
@@ -103,7 +104,9 @@ def backward(
     parameters = _declared(parameters)
     parts = _parts(encode, batch)
     chunks = [
-        _Chunk(part, encoder, piece, start) for part, (encoder, one) in enumerate(parts) for start, piece in _chunked(one, chunk_size)
+        _Chunk(part, encoder, piece, start, idle)
+        for part, ((encoder, one), count) in enumerate(zip(parts, _counts(parts, chunk_size, model), strict=True))
+        for start, piece, idle in _chunked(one, chunk_size, count)
     ]
     if separable:
         with refusing_unseparable():
@@ -122,7 +125,8 @@ def backward(
         for chunk in chunks:
             states.append(random_state(devices))
             # copies: a slice would keep all that it is a slice of, and a reused output would be overwritten
-            encoded[chunk.part].append(Embeddings(*(None if x is None else x.detach().clone() for x in _encoded(chunk))))
+            copy = Embeddings(*(None if x is None else x.detach().clone() for x in _encoded(chunk)))
+            encoded[chunk.part] += [] if chunk.idle else [copy]
     torch.clear_autocast_cache()  # weights that were cast without graph
     leaves = Embeddings(*(None if value is None else value.detach().requires_grad_() for value in _merged(encoded)))
     with torch.enable_grad():
@@ -134,12 +138,15 @@ def backward(
         found = torch.autograd.grad(scale(loss), [*wanted, *parameters], allow_unused=True)
     cached = dict(zip([name for name, value in leaves._asdict().items() if value is not None], found, strict=False))
     of_parameters = found[len(wanted) :]
-    starts = _starts(encoded)
+    starts = _starts(encoded, chunks)
     final = {chunk.part: k for k, chunk in enumerate(chunks)}
 
     def products(k: int) -> list[Tensor]:
         """What, encoded again, has the cached gradient."""
         set_random_state(states[k], devices)
+        if chunks[k].idle:
+            nothing = _nothing(_encoded(chunks[k])).to(loss.dtype)
+            return [nothing] if nothing.requires_grad else []
         return [
             (value * gradient[starts[k] : starts[k] + len(value)].to(value.dtype)).sum().to(loss.dtype)
             for name, value in _encoded(chunks[k])._asdict().items()
@@ -182,6 +189,7 @@ class _Chunk(NamedTuple):
     encode: Encode
     batch: Any
     start: int
+    idle: bool  # encoded only because other processes encode, to no effect
 
 
 def _declared(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -207,17 +215,33 @@ def _rows(batch: Any) -> int:
     return len(tensors[0])
 
 
-def _chunked(batch: Any, chunk_size: int) -> Iterator[tuple[int, Any]]:
-    """Start and content of each chunk, in the container of the batch."""
-    for start in range(0, _rows(batch), chunk_size):
-        part = slice(start, start + chunk_size)
+def _counts(parts: list[tuple[Encode, Batch]], chunk_size: int, model: nn.Module | None) -> list[int]:
+    """Chunks of each part: under FSDP2, where each forward pass is a collective, as many as the process with the most needs."""
+    counts = [-(-_rows(batch) // chunk_size) for _, batch in parts]
+    if model is None or not hasattr(model, "set_requires_gradient_sync"):
+        return counts
+    device = next(model.parameters()).device
+    return [all_reduce_max(count, device) for count in counts]
+
+
+def _chunked(batch: Any, chunk_size: int, count: int) -> Iterator[tuple[int, Any, bool]]:
+    """Start and content of each of ``count`` chunks, in the container of the batch, and whether it is idle: the first row once more."""
+    rows = _rows(batch)
+    for k in range(count):
+        idle = k * chunk_size >= rows
+        part = slice(0, 1) if idle else slice(k * chunk_size, (k + 1) * chunk_size)
         if isinstance(batch, Tensor):
-            yield start, batch[part]
+            yield part.start, batch[part], idle
         elif isinstance(batch, Mapping):
-            yield start, _like(batch, {key: value[part] for key, value in batch.items()})
+            yield part.start, _like(batch, {key: value[part] for key, value in batch.items()}), idle
         else:
             pieces = [value[part] for value in batch]
-            yield start, type(batch)(*pieces) if hasattr(batch, "_fields") else type(batch)(pieces)
+            yield part.start, type(batch)(*pieces) if hasattr(batch, "_fields") else type(batch)(pieces), idle
+
+
+def _nothing(embeddings: Embeddings) -> Tensor:
+    """Zero, with a gradient of zero for what the embeddings depend on."""
+    return torch.stack([(0.0 * value).sum() for value in embeddings if value is not None]).sum()
 
 
 def _like(batch: Any, pieces: dict[str, Tensor]) -> Any:
@@ -253,14 +277,15 @@ def _merged(encoded: list[list[Embeddings]]) -> Embeddings:
     return Embeddings(**fields)
 
 
-def _starts(encoded: list[list[Embeddings]]) -> list[int]:
-    """First row of each chunk in its part, in the order of the chunks."""
+def _starts(encoded: list[list[Embeddings]], chunks: list[_Chunk]) -> list[int]:
+    """First row of each chunk in its part, in the order of the chunks; 0 of idle ones."""
     found = []
-    for of_part in encoded:
+    for part, of_part in enumerate(encoded):
         start = 0
         for one in of_part:
             found.append(start)
             start += next(len(value) for value in one if value is not None)
+        found += [0 for chunk in chunks if chunk.part == part and chunk.idle]
     return found
 
 
@@ -314,10 +339,13 @@ def _separable(
             widths = Embeddings(*(None if value is None else value.detach()[:1] for value in embeddings))
             device = next(value.device for value in embeddings if value is not None)
             index = torch.arange(chunk.start, chunk.start + _rows(chunk.batch), device=device)
-            with separable_pass(one_pass):
-                loss = share * check_scalar("backward", loss_fn(embeddings, index))
+            if chunk.idle:
+                loss = _nothing(embeddings)
+            else:
+                with separable_pass(one_pass):
+                    loss = share * check_scalar("backward", loss_fn(embeddings, index))
             _check_reached(loss, embeddings)
-            if not tried:
+            if not tried and not chunk.idle:
                 kept.append(Embeddings(*(None if value is None else value.detach() for value in embeddings)))
                 known = _merged([kept])
                 if tried := chunk.start + len(index) > 1:

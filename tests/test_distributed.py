@@ -300,6 +300,44 @@ def sharded(rank):
     return torch.cat([p.grad.full_tensor().flatten() for p in towers.parameters() if p.grad is not None])
 
 
+def unequal_chunks(rank, sharding):
+    """Gradient of one step on 8 images and, on rank 0, one text that all share, on rank 1 five; chunks of two."""
+    torch.manual_seed(0)
+    towers = TwoTowers()
+    batches = [unequal_batch(one) for one in ([rank] if sharding else range(RANKS))]
+    if sharding:
+        fully_shard(towers, mesh=init_device_mesh("cpu", (RANKS,)))
+    for images, texts, row in batches:
+        backward(
+            [(lambda b: Embeddings(image=towers(images=b)), images), (lambda b: Embeddings(text=towers(texts=b)), texts)],
+            None, lambda e, row=row: contrastive_loss(e.image, e.text[row], logit_scale=2.0),
+            chunk_size=2, model=towers if sharding else None,
+        )  # fmt: skip
+        backward(
+            lambda b: Embeddings(image=towers(images=b)), images[: len(texts)], lambda e, index: e.image.square().sum(1).mean(),
+            chunk_size=2, model=towers if sharding else None, separable=True,
+        )  # fmt: skip
+    return torch.cat([(p.grad.full_tensor() if sharding else p.grad / RANKS).flatten() for p in towers.parameters()])
+
+
+def unequal_batch(rank):
+    """Images, unique texts, and the text of each image."""
+    generator = torch.Generator().manual_seed(rank)
+    images, texts = torch.randn(8, 4, generator=generator), torch.randn(1 + 4 * rank, 4, generator=generator)
+    return images, texts, torch.arange(8) % len(texts)
+
+
+class TwoTowers(nn.Module):
+    """An image and a text tower behind one forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, images=None, texts=None):
+        return self.text(texts) if images is None else self.image(images)
+
+
 def uneven_rows(rank):
     """Gathered rows and the gradient that comes back, with two rows on rank 0 and five on rank 1."""
     value = (torch.arange(2.0 + 3 * rank)[:, None] + 10 * rank).requires_grad_()
@@ -340,6 +378,7 @@ def work(rank, folder):
         result["unique"] = {size: unique_texts([rank], size, DistributedDataParallel) for size in (1, 2, 10)}
         result["undeclared"] = undeclared(rank)
         result["sharded"] = sharded(rank)
+        result["unequal chunks"] = unequal_chunks(rank, sharding=True)
         result["balanced"] = balanced_weight([rank])
         result["refused"] = refused(AverageVectorLoss, rank)
         torch.save(result, folder / f"{rank}.pt")
@@ -543,3 +582,8 @@ def test_different_data_matters():
     """The check above would see a rank that keeps its own mean."""
     both, alone = trained("average_vector", range(RANKS)), trained("average_vector", [0])
     assert (both[0]["mean"] - alone[0]["mean"]).abs().max() > 1e-2 * both[0]["mean"].abs().max()
+
+
+def test_processes_with_other_numbers_of_chunks_under_fsdp(results):
+    for result in results:
+        close(result["unequal chunks"], unequal_chunks(0, sharding=False), 1e-6)
