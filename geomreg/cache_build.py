@@ -363,7 +363,7 @@ def tidy(path: Path) -> None:
     for folder in _own_folders(path, rf"({'|'.join(Embeddings._fields)})-{_KEY}"):
         if folder.name not in listed:
             shutil.rmtree(folder, ignore_errors=True)
-    for file in [*path.glob(f".{MANIFEST}.*.tmp"), path / _FAILED]:
+    for file in [*path.glob(f".{MANIFEST}.*.tmp"), *path.glob(".process-*.lock"), path / _FAILED]:
         file.unlink(missing_ok=True)
 
 
@@ -406,18 +406,69 @@ def missing_shards(todo: list[TableBuild], probe: tuple[list[Any], Embeddings]) 
 def embed_missing(
     source: Source, todo: list[TableBuild], numbers: list[int], probe: tuple[list[Any], Embeddings], shard_rows: int, progress: bool
 ) -> None:
-    """Write this process's share of the missing shards, and wait for the others'."""
+    """Write this process's share of the missing shards, and wait for the others', as long as they live."""
     failed = todo[0].path / _FAILED
+    others = _Others(todo, numbers)
     try:
-        _embed_share(source, todo, numbers, probe, shard_rows, progress)
+        _embed_share(source, todo, numbers, probe, shard_rows, progress, others)
         while dist.is_initialized() and any(set(one.missing()) & set(numbers) for one in todo):
-            _check_failed(failed)
+            others.check()
             time.sleep(0.2)  # no collective: its time limit would end a build that only takes long
     except Exception as error:
         if dist.is_initialized() and not failed.exists():
             with suppress(OSError):
                 write_file(failed, f"rank {rank_of_process()}: {error}".encode())  # whole: the others may be reading
         raise
+    finally:
+        others.leave()
+
+
+class _Others:
+    """The processes that build with this one. Each holds a file lock from its first shard to the last of all; whose lock is free while
+    shards of its share are missing was killed. Where the file system has no locks nobody can tell.
+
+    Args:
+        todo: tables that are built.
+        numbers: the shards that are made.
+    """
+
+    def __init__(self, todo: list[TableBuild], numbers: list[int]) -> None:
+        self.todo, self.numbers, self.folder = todo, numbers, todo[0].path
+        self.rank, self.ranks = rank_of_process(), dist.get_world_size() if dist.is_initialized() else 1
+        self.own, self.looked_at = None, 0.0
+        if self.ranks > 1:
+            with suppress(OSError):
+                self.own = Lock.take(self._file(self.rank))
+            dist.barrier()  # all have theirs
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f".process-{rank}.lock"
+
+    def check(self) -> None:
+        """Raise RuntimeError if one of them failed or was killed."""
+        if self.ranks == 1:
+            return
+        _check_failed(self.folder / _FAILED)
+        if self.own is None or not self.own.held or time.monotonic() < self.looked_at + 1:
+            return
+        self.looked_at = time.monotonic()
+        for rank in range(self.ranks):
+            share = set(self.numbers[rank :: self.ranks])
+            if rank == self.rank or not any(set(one.missing()) & share for one in self.todo):
+                continue
+            if (free := Lock.take(self._file(rank))) is not None:
+                free.release()
+                if any(set(one.missing()) & share for one in self.todo):  # it may have ended just now
+                    _check_failed(self.folder / _FAILED)
+                    raise RuntimeError(
+                        f"EmbeddingCache.build: expected all processes to go on, got none any more on rank {rank}: it was killed. "
+                        "Start the command again; what is finished is kept."
+                    )
+
+    def leave(self) -> None:
+        """This process is done."""
+        if self.own is not None:
+            self.own.release(remove=True)
 
 
 def _check_failed(failed: Path) -> None:
@@ -426,7 +477,13 @@ def _check_failed(failed: Path) -> None:
 
 
 def _embed_share(
-    source: Source, todo: list[TableBuild], numbers: list[int], probe: tuple[list[Any], Embeddings], shard_rows: int, progress: bool
+    source: Source,
+    todo: list[TableBuild],
+    numbers: list[int],
+    probe: tuple[list[Any], Embeddings],
+    shard_rows: int,
+    progress: bool,
+    others: _Others,
 ) -> None:
     rank, ranks = rank_of_process(), dist.get_world_size() if dist.is_initialized() else 1
     numbers = numbers[rank::ranks]
@@ -445,8 +502,7 @@ def _embed_share(
         for k, (of_batch, embeddings, viewed) in enumerate(source.embedded(batches)):
             ids += of_batch
             views += [viewed] if of_batch else []
-            if ranks > 1:
-                _check_failed(todo[0].path / _FAILED)
+            others.check()
             for modality in parts if of_batch else ():
                 value = getattr(embeddings, modality)
                 if value is None or (unit[modality] and not _is_unit(value)):

@@ -22,8 +22,9 @@ class Lock:
     their parent for some seconds, and would keep the next command out. Where the file system has no locks, everybody gets one.
     """
 
-    def __init__(self, stream: IO[str], key: str) -> None:
+    def __init__(self, stream: IO[str], key: str, *, held: bool) -> None:
         self._stream, self._key, self._process = stream, key, os.getpid()
+        self.held = held  # False: there are no locks, and others have it too
 
     @classmethod
     def take(cls, file: Path) -> "Lock | None":
@@ -38,7 +39,7 @@ class Lock:
         key = os.path.realpath(file)
         if key in _HELD:
             return None  # before it is opened: closing it again would end the lock
-        stream = open(file, "w", encoding="ascii")  # noqa: SIM115
+        stream, held = open(file, "w", encoding="ascii"), fcntl is not None  # noqa: SIM115
         try:
             if fcntl is not None:
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,12 +47,12 @@ class Lock:
         except FileNotFoundError:
             there = False
         except OSError as error:  # other kinds: a file system without locks
-            there = error.errno not in (errno.EAGAIN, errno.EACCES)
+            there, held = error.errno not in (errno.EAGAIN, errno.EACCES), False
         if not there:
             stream.close()
             return None
         _HELD.add(key)
-        return cls(stream, key)
+        return cls(stream, key, held=held)
 
     def release(self, *, remove: bool = False) -> None:
         """Let others have it; with ``remove`` the file goes too."""

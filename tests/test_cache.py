@@ -936,6 +936,53 @@ def test_flipped_bits_in_an_unfinished_build(pristine, place, bit):
     assert cache.ids() == range_of(Pairs())
 
 
+class Slow(Pairs):
+    """Whose samples take process 1 long."""
+
+    def __getitem__(self, row):
+        if dist.is_initialized() and dist.get_rank() == 1 and row >= 3 * SHARD:
+            time.sleep(0.2)
+        return super().__getitem__(row)
+
+
+def build_slowly_on_rank(rank, folder):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        built(folder / "cache", Slow())
+    except RuntimeError as error:
+        (folder / f"error {rank}").write_text(str(error))
+        os._exit(0)  # the group cannot be ended in order
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_ends_the_others(tmp_path):
+    """Within seconds, in one line; and the build can be started again."""
+    context = mp.get_context("spawn")
+    both = [context.Process(target=build_slowly_on_rank, args=(rank, tmp_path)) for rank in range(2)]
+    for one in both:
+        one.start()
+    try:
+        until = time.monotonic() + 100
+        while not list((tmp_path / "cache").glob(".image-*.partial/000004.safetensors")):  # the last of process 0, which then waits
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        both[1].kill()
+        killed = time.monotonic()
+        both[0].join(30)
+        assert both[0].exitcode == 0
+        assert time.monotonic() < killed + 20
+    finally:
+        for one in both:
+            one.kill()
+    message = (tmp_path / "error 0").read_text()
+    assert message.startswith("EmbeddingCache.build: expected all processes to go on, got none any more on rank 1")
+    teacher = Teacher(Towers(), encode)
+    equal(built(tmp_path / "cache", teacher=teacher), Pairs(), teacher)
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
 def build_on_rank(rank, folder):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
