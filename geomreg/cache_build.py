@@ -746,7 +746,11 @@ def agreed() -> Iterator[None]:
     except Exception as error:
         failed = error
     messages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if failed is None else str(failed))
+    try:
+        dist.all_gather_object(messages, None if failed is None else str(failed))
+    except RuntimeError as gone:  # by the backend, where a process is no longer there
+        said = " ".join(str(gone).split())[:200]
+        raise failed or RuntimeError(f"EmbeddingCache.build: expected all processes to go on, got none any more of one: {said}") from gone
     if failed is not None:
         raise failed
     for rank, message in enumerate(messages):
