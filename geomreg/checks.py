@@ -683,14 +683,14 @@ def check_same_samples(
         raise ValueError(f"{name}: expected at least {minimum} samples, got {few}. Take more samples.")
 
 
-def check_size(name: str, label: str, embeddings: Tensor) -> None:
-    """Numbers whose fourth powers neither overflow nor vanish in fp64: any of a narrower type, and zeros alone."""
+def check_size(name: str, label: str, embeddings: Tensor, *, small: bool = False) -> None:
+    """Numbers whose fourth powers neither overflow nor vanish in fp64: any of a narrower type, and zeros alone; ``small``: tiny ones too."""
     if embeddings.dtype != torch.float64:
         return
     largest = float(embeddings.detach().abs().max())
     if largest > 1e60:
         raise ValueError(f"{name}: expected {label} embeddings below 1e60, got larger ones. Their powers overflow; scale them.")
-    if 0 < largest < 1e-60:
+    if 0 < largest < 1e-60 and not small:
         raise ValueError(f"{name}: expected {label} embeddings above 1e-60, got smaller ones alone. Their powers vanish; scale them.")
 
 

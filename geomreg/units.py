@@ -24,7 +24,7 @@ def duration_text(seconds: float) -> str:
 
     Example:
         >>> duration_text(0.0123), duration_text(59), duration_text(600), duration_text(5400), duration_text(200_000), duration_text(1e6)
-        ('0.012 s', '59 s', '10 min', '1.5 h', '2.3 days', '11.6 days')
+        ('0.012 s', '59 s', '10 min', '90 min', '2.3 days', '11.6 days')
     """
     if seconds < 99.5:
         return f"{seconds:.2g} s" if seconds < 0.995 else f"{seconds:.3g} s"

@@ -149,14 +149,17 @@ class DriftMonitor:
         for field, seen, known in zip(Embeddings._fields, student, teacher, strict=True):
             if seen is None or known is None:
                 continue
-            one, two = (check_matrix(name, f"{field} {label}", value).detach() for label, value in (("student", seen), ("teacher", known)))
-            check_pair(name, one, two, field)
+            one, two = (
+                check_matrix(name, f"{field} {label}", value, real=False).detach()
+                for label, value in (("student", seen), ("teacher", known))
+            )
             for kept, _ in self._rows[field][-1:]:
                 if (kept.shape[1], kept.device) != (one.shape[1], one.device):
                     raise ValueError(
                         f"{name}: expected {field} embeddings of width {kept.shape[1]} on {kept.device} as before, got {describe(one)} on "
                         f"{one.device}. Call compute() between models."
                     )
+            check_pair(name, one, two, field)
             batch[field] = one, two
         if not batch:
             raise ValueError(f"{name}: expected image or text embeddings from both models, got none of one kind. Embed the same with both.")
@@ -217,7 +220,7 @@ class DriftMonitor:
             )
         if self._start is not None:
             for label, value in (("probe image", state["image"]), ("probe class", state["classes"])):
-                check_matrix("DriftMonitor", label, value)
+                check_matrix("DriftMonitor", label, value, real=False)
             self._check_like_start(state["image"], state["classes"])
             self._begin(state["image"].to(self._start[0].device), state["classes"].to(self._start[1].device))
         rows = more.get("rows", {})
@@ -238,7 +241,9 @@ class DriftMonitor:
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             got = f"{len(found)} values" if isinstance(found, (tuple, list)) else describe(found)
             raise TypeError(f"{name}: expected (image (N, D), classes (C, D)) from probe, got {got}. Return two tensors.")
-        image, classes = (check_matrix(name, label, value) for label, value in zip(("probe image", "probe class"), found, strict=True))
+        image, classes = (
+            check_matrix(name, label, value, real=False) for label, value in zip(("probe image", "probe class"), found, strict=True)
+        )
         check_bank(name, "probe class", classes, image)
         check_labels(name, self.labels, len(image))  # there are some: see the constructor
         check_class_numbers(name, self.labels, len(classes))

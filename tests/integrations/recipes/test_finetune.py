@@ -561,7 +561,7 @@ def test_what_no_sample_has_is_said_before_there_is_a_folder(data, tmp_path):
     shutil.copytree(data / "classes" / "owl", tmp_path / "other" / "owl")
     embed_data(Options(str(model_folder()), tmp_path / "other", tmp_path / "cache", device="cpu", workers=0))
     cached = dataclasses.replace(DIVE, teacher="cached", cache=tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"EmbeddingCache: expected ids of .*, got 1 of 1 that it lacks"):
+    with pytest.raises(ValueError, match=r"EmbeddingCache: expected ids of .*, got 16 of 16 that it lacks"):
         finetune_from(config(data, tmp_path / "run", method=cached))
     assert not (tmp_path / "run").exists()
 
@@ -783,6 +783,7 @@ def test_broken_samples_that_would_stop_the_run_end_a_dry_run(data, tmp_path, wr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_few_broken_samples_are_said_at_the_end(data, tmp_path, capsys):
     finetune_from(config(damaged(data, tmp_path / "data", missing=1, empty=1), tmp_path / "run", steps=5, ensemble=None))
     printed = capsys.readouterr().out
@@ -1339,6 +1340,7 @@ def dying(monkeypatch, step):
     monkeypatch.setattr(records.Log, "add", die)
 
 
+@pytest.mark.slow
 def test_an_early_stop_is_the_same_after_a_kill(data, tmp_path, monkeypatch):
     """What the monitor had collected, and every file of the run, at a kill between a checkpoint and the alarm."""
     monitor = MonitorConfig(every=3, samples=8, min_rsa=0.99999)
@@ -1358,6 +1360,7 @@ def test_an_early_stop_is_the_same_after_a_kill(data, tmp_path, monkeypatch):
         assert name.name in own or (one.output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused_in_a_run_that_goes_on(data, tmp_path):
     """The teacher would be another model."""
     shutil.copytree(model_folder(), tmp_path / "model")
@@ -1380,6 +1383,7 @@ def test_other_weights_are_refused_in_a_run_that_goes_on(data, tmp_path):
         finetune_from(one)
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_run_that_was_not_finite(data, tmp_path):
     """It is said how to begin afresh, by that run and by the next in its folder."""
     one = config(data, tmp_path / "run", learning_rate=1e9, steps=8)
@@ -1396,6 +1400,7 @@ def test_a_folder_of_a_run_that_was_not_finite(data, tmp_path):
     finetune_from(config(data, tmp_path / "run", learning_rate=1e-4, steps=2))
 
 
+@pytest.mark.slow
 def test_damaged_records_are_made_anew_or_named(data, tmp_path):
     """Evaluation and drift come back from the checkpoint."""
     one = config(data, tmp_path / "run", evaluation={"id": DataConfig("folder", str(data / "classes"))}, ensemble=None)

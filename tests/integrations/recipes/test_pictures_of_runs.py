@@ -106,6 +106,7 @@ def test_open_clips_loader_sees_otherwise(data, tmp_path, capsys):
     assert capsys.readouterr().out.count("pictures had") == 2  # of target and reference, in the first
 
 
+@pytest.mark.slow
 def test_exports_say_how_images_were_read(data, tmp_path, capsys):
     method = MethodConfig("head", loss="classification")
     finetune_from(config(data / "shop", tmp_path / "run", method=method, images=ImageConfig(background="#102030"), steps=3, ensemble=0.5))
