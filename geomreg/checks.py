@@ -684,7 +684,7 @@ def check_same_samples(
 
 
 def check_size(name: str, label: str, embeddings: Tensor, *, small: bool = False) -> None:
-    """Numbers whose fourth powers neither overflow nor vanish in fp64: any of a narrower type, and zeros alone; with ``small`` tiny ones."""
+    """Numbers whose fourth powers neither overflow nor vanish in fp64: any of a narrower type, and zeros; with ``small`` tiny ones."""
     if embeddings.dtype != torch.float64:
         return
     largest = float(embeddings.detach().abs().max())
