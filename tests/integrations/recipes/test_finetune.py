@@ -594,6 +594,7 @@ def test_captions_and_anchors(data, tmp_path):
         config(data, tmp_path / "run", method=method)
 
 
+@pytest.mark.slow
 def test_a_high_learning_rate_warns(data, tmp_path):
     model = ModelConfig(str(model_folder()), learning_rates=(1e-6, 1e-5))
     with pytest.warns(UserWarning, match="the learning rate 0.001 is far above what is usual for .*, 1e-06 to 1e-05"):
@@ -607,6 +608,7 @@ def test_a_high_learning_rate_warns(data, tmp_path):
         finetune_from(dataclasses.replace(config(data, tmp_path / "usual", model=model, learning_rate=1e-5, steps=1), ensemble=None))
 
 
+@pytest.mark.slow
 def test_a_warm_up_longer_than_the_run_warns(data, tmp_path):
     with pytest.warns(UserWarning, match="the warm-up of 5 steps does not end in the 4 steps of the run, whose learning rate stays below"):
         finetune_from(config(data, tmp_path / "run", warmup_steps=5))
