@@ -49,7 +49,7 @@ class Term:
         zero: whether value and gradient vanish where the student is the teacher.
         degree: power of the embeddings' size; None where there is none.
         free: maps (keys of MAPS) that leave the loss unchanged.
-        compares: what the student is held to, for the README.
+        compares: what the student is held to, for docs/regularizers.md.
         rows: smallest batch.
         normalizes: whether the module has ``normalize``.
     """
@@ -169,7 +169,7 @@ PERMUTATION, COMMON, EXCHANGE, TURN_IMAGES, SHIFT_IMAGES, TURN, SHIFT, SHIFT_ALO
 
 
 def what_it_keeps(term: Term) -> str:
-    """The README's words: what is compared, and which moves of the student alone cost nothing."""
+    """The words of docs/regularizers.md: what is compared, and which moves of the student alone cost nothing."""
     moves = {TURN: "rotation", SHIFT: "shift", SCALE: "scaling", STRETCH: "length of each vector"}
     found = [word for name, word in moves.items() if name in term.free and not (name == SCALE and STRETCH in term.free)]
     if SHIFT_ALONG in term.free and SHIFT not in term.free:
@@ -333,7 +333,7 @@ class Other:
 
     Attributes:
         kind: what it looks at instead.
-        compares: what it keeps, in the README's words.
+        compares: what it keeps, in the words of docs/regularizers.md.
         build: leaves with grad, and from them (module, named inputs); the leaves as they come or copies of them.
     """
 

@@ -1,4 +1,4 @@
-"""The README's table of costs, from the recorded JSON alone.
+"""The table of costs in docs/cost.md, from the recorded JSON alone.
 
 python benchmarks/step/table.py
 """
