@@ -86,18 +86,19 @@ def check_transformers(model: nn.Module, config: dict[str, Any], exported: Path,
     """
     from transformers import AutoProcessor, CLIPModel
 
-    name = "to_transformers"
+    name, size = "to_transformers", model.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
     with without_trace(model):
         try:
             again = CLIPModel.from_pretrained(exported).eval()
             processed = AutoProcessor.from_pretrained(exported)(
-                text=list(SAMPLES), images=pictures(), return_tensors="pt", padding=True, truncation=True
+                text=list(SAMPLES), images=pictures(side), return_tensors="pt", padding=True, truncation=True
             )
         except Exception as error:  # whatever transformers raises for what it cannot build
             raise _refused(name, target, f"{type(error).__name__} when it was loaded ({error})") from error
         preprocess = preprocess_of(model, config)
         transform = image_transform_v2(PreprocessCfg(**preprocess), False)
-        images, ids = torch.stack([transform(one) for one in pictures()]), tokenizer(list(SAMPLES))
+        images, ids = torch.stack([transform(one) for one in pictures(side)]), tokenizer(list(SAMPLES))
         for ours, theirs in zip(ids.tolist(), processed["input_ids"].tolist(), strict=True):
             length = ours.index(max(ours)) + 1
             if ours[:length] != theirs[:length]:
@@ -124,10 +125,14 @@ def preprocess_of(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     return found if size is None else {**found, "size": size}
 
 
-def pictures() -> list[Image.Image]:
-    """Two, always the same: soft forms and some noise, wide and small, high and large."""
+def pictures(side: int = 32) -> list[Image.Image]:
+    """Two, always the same for a model's image size: soft forms and some noise, wide and high.
+
+    The margins that are cropped when the shorter edge is resized to ``side`` are even. Where they are odd, transformers' processor may crop
+    one pixel beside where torchvision does, which is no fault of an export.
+    """
     made = []
-    for seed, (width, height) in enumerate(((61, 47), (301, 400))):
+    for seed, (width, height) in enumerate(((2 * side + 24, 2 * side), (3 * side, 3 * side + 36))):
         noise = np.random.default_rng(seed)
         y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
         waves = [np.sin(noise.uniform(2, 9) * x + noise.uniform(2, 9) * y + channel) for channel in range(3)]

@@ -6,8 +6,8 @@ import shutil
 import open_clip
 import pytest
 import torch
+from small import small_clip
 
-from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes import ensemble as module
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.export import to_open_clip
@@ -17,7 +17,7 @@ from geomreg.integrations.recipes.models import load
 @pytest.fixture
 def finetuned(tmp_path):
     """EmojiCLIP with every weight moved by one."""
-    loaded = load(str(model_folder()))
+    loaded = load(str(small_clip()))
     with torch.no_grad():
         for value in loaded.model.parameters():
             value.add_(1.0)
@@ -29,9 +29,9 @@ def parameters(folder):
 
 
 def test_weights_between(finetuned, tmp_path, capsys):
-    arguments = ["--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    arguments = ["--base", str(small_clip()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
     assert main(["ensemble", *arguments, "--alpha", "[0.25, 0.75, 1.0]"]) == 0
-    start = parameters(model_folder())
+    start = parameters(small_clip())
     for alpha in (0.25, 0.75, 1.0):
         for key, value in parameters(tmp_path / "out" / f"alpha-{alpha:.2f}").items():
             torch.testing.assert_close(value, start[key] + alpha, rtol=1e-5, atol=1e-5)
@@ -39,7 +39,7 @@ def test_weights_between(finetuned, tmp_path, capsys):
 
 
 def test_mistakes(finetuned, tmp_path, capsys):
-    arguments = ["--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    arguments = ["--base", str(small_clip()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
     assert main(["ensemble", *arguments, "--alpha", "[1.5]"]) == 2
     assert "expected alpha between 0 and 1, got 1.5" in capsys.readouterr().err
     assert main(["ensemble", *arguments[:2], "--finetuned", str(tmp_path / "absent"), *arguments[4:]]) == 2
@@ -51,7 +51,7 @@ def test_mistakes(finetuned, tmp_path, capsys):
 
 
 def test_folders_of_different_shares_differ(finetuned, tmp_path):
-    arguments = ["--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    arguments = ["--base", str(small_clip()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
     for alpha in ("[0.001,0.002,0.125]", "0.5", "1"):
         assert main(["ensemble", *arguments, "--alpha", alpha]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -60,7 +60,7 @@ def test_folders_of_different_shares_differ(finetuned, tmp_path):
 
 def test_a_damaged_head_is_one_line(finetuned, tmp_path, capsys):
     (finetuned / "head.safetensors").write_bytes(b"half")
-    arguments = ["--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    arguments = ["--base", str(small_clip()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
     assert main(["ensemble", *arguments]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"geomreg: load_head: expected a head in \S*/head\.safetensors, got a damaged file \(.*\n", error)
@@ -68,7 +68,7 @@ def test_a_damaged_head_is_one_line(finetuned, tmp_path, capsys):
 
 def test_no_model_is_lost_without_asking(finetuned, tmp_path, capsys, monkeypatch):
     """It refuses before anything is loaded, and writes none of several shares of which one is there."""
-    arguments = ["ensemble", "--base", str(model_folder()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
+    arguments = ["ensemble", "--base", str(small_clip()), "--finetuned", str(finetuned), "--output", str(tmp_path / "out")]
     (tmp_path / "out" / "alpha-0.25").mkdir(parents=True)  # empty: nothing to lose
     assert main([*arguments, "--alpha", "0.25"]) == 0
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}

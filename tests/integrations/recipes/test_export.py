@@ -10,9 +10,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BertConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.recipes import selfcheck
@@ -108,6 +118,19 @@ def opened(path):
     for number, picture in enumerate(pictures()):
         picture.save(path / f"{number}.png")
     return [Image.open(path / f"{number}.png") for number in range(2)]
+
+
+@pytest.mark.parametrize("side", [32, 48, 63, 64, 65, 240])
+def test_pictures_of_the_check_are_cropped_alike(side):
+    """Beside them transformers' processor may crop one pixel beside where torchvision does: then an export was refused for its size."""
+    seen = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "resample": 3}
+    processor = CLIPImageProcessor(**seen, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    transform = image_transform_v2(PreprocessCfg((side, side), mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="shortest"), False)
+    for picture in pictures(side):
+        assert min(picture.size) > side
+        assert picture.size[0] != picture.size[1]
+        theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+        assert (transform(picture) - theirs).abs().mean() * 127.5 < 0.1
 
 
 def embedded(model, transform, tokenizer, images):

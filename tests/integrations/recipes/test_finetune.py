@@ -21,9 +21,9 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from killing import killed_until_done
 from PIL import Image
+from small import small_clip
 
 from geomreg import Embeddings
-from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes import cli, records, streams
 from geomreg.integrations.recipes import evaluate as evaluate_module
 from geomreg.integrations.recipes import finetune as finetune_module
@@ -41,6 +41,7 @@ from geomreg.metrics import rsa
 
 CONFIGS = Path(__file__).parents[3] / "integrations" / "recipes" / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "method").iterdir())
+EMOJI = ModelConfig("emojiclip")  # which is no plain ViT
 DIVE = MethodConfig("dive", {"dive": TermConfig("DiVE", 300.0)})
 
 
@@ -75,7 +76,7 @@ def _new_accelerate_state():
 def config(data, output, *, method=DIVE, kind="csv", **changes):
     train = {"steps": 4, "batch_size": 8, "learning_rate": 1e-4, "warmup_steps": 1, "workers": 0, "save_every": 2}
     paths = {"csv": data / "pairs.tsv", "folder": data / "classes", "tar": data / "shards" / "*.tar"}
-    model = changes.pop("model", ModelConfig(str(model_folder())))
+    model = changes.pop("model", ModelConfig(str(small_clip())))
     others = {key: changes.pop(key) for key in ("evaluation", "best", "texts", "ensemble", "trackers") if key in changes}
     train = TrainConfig(**{**train, **changes})
     reference = DataConfig("csv", str(data / "pairs.tsv")) if method.terms else None
@@ -91,7 +92,7 @@ def logged(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-START = weights(model_folder())
+START = weights(small_clip())
 
 
 @pytest.mark.parametrize("kind", ["csv", "folder", "tar"])
@@ -176,7 +177,7 @@ def test_savings_change_nothing(data, tmp_path, options):
 
 @pytest.mark.slow
 def test_cached_teacher_is_the_frozen_one(data, tmp_path):
-    embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+    embed_data(Options(str(small_clip()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
     cached = dataclasses.replace(DIVE, teacher="cached", cache=tmp_path / "cache")
     one, two = (logged_after(data, tmp_path / name, method) for name, method in (("frozen", DIVE), ("cached", cached)))
     for first, second in zip(one, two, strict=True):
@@ -189,7 +190,7 @@ def test_cached_teacher_is_the_frozen_one(data, tmp_path):
 @pytest.mark.slow
 def test_cached_teacher_of_images_alone(data, tmp_path):
     """The cache has both, the run asks for one; the term takes what it is given."""
-    embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+    embed_data(Options(str(small_clip()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
     method = MethodConfig("fd", {"fd": TermConfig("FeatureDistillation", 100.0)}, teacher="cached", cache=tmp_path / "cache")
     logs = []
     for name, one in (("cached", method), ("frozen", dataclasses.replace(method, teacher="frozen", cache=None))):
@@ -227,8 +228,8 @@ def test_adapters_are_merged_in_the_export(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [{"max_logit_scale": 50.0}, {"logit_scale": "frozen"}, {"frozen": ("text",)}])
 def test_parts_of_the_model(data, tmp_path, model):
-    out = finetune_from(config(data, tmp_path / "run", model=ModelConfig(str(model_folder()), **model)))
-    before, after = (open_clip.create_model_and_transforms(f"local-dir:{one}")[0] for one in (model_folder(), out))
+    out = finetune_from(config(data, tmp_path / "run", model=ModelConfig(str(small_clip()), **model)))
+    before, after = (open_clip.create_model_and_transforms(f"local-dir:{one}")[0] for one in (small_clip(), out))
     if "max_logit_scale" in model:
         assert after.logit_scale.exp().item() <= 50.01
     elif "logit_scale" in model:
@@ -263,7 +264,7 @@ def test_head_is_exported_evaluated_and_mixed(data, tmp_path, method, capsys):
     named = LabelledFolder(data / "classes", transform=final.transform, class_names=NAMES)
     assert entries[1]["other"].pop("by") == "zero_shot"
     assert entries[1]["other"] == pytest.approx(evaluate(final.model, named, final.tokenizer))  # other classes: zero-shot
-    base = load(str(model_folder()))
+    base = load(str(small_clip()))
     assert torch.equal(base.model.token_embedding.weight, final.model.token_embedding.weight)
     assert torch.equal(base.model.logit_scale, final.model.logit_scale)
     texts = torch.nn.functional.normalize(
@@ -416,7 +417,11 @@ def test_the_target_as_reference_is_seen_without_crops(data, tmp_path):
         (MethodConfig("m", {"s": TermConfig("SelectiveDistillation", 1.0)}), {}, r"s: expected a term of what a run has, got .* previous"),
         (MethodConfig("m", {"r": TermConfig("ContrastiveReplay", 1.0, {"form": "sigmoid"})}), {}, r"r: expected a model with a logit bias"),
         (MethodConfig("m", target_terms=ENERGY, bank="contexts"), {"kind": "csv"}, r"expected labelled target data for bank=contexts"),
-        (MethodConfig("m", {"p": TermConfig("ProjectionOrthogonality", 1.0)}), {}, r"p: expected a CLIP with linear projections"),
+        (
+            MethodConfig("m", {"p": TermConfig("ProjectionOrthogonality", 1.0)}),
+            {"model": EMOJI},
+            r"p: expected a CLIP with linear projections",
+        ),
         (MethodConfig("m", {"w": TermConfig("WeightAnchor", 1.0)}), {}, r"got only such on weights \(w\)\. Make them method.target_terms"),
         (
             dataclasses.replace(HEAD, terms={"f": TermConfig("FeatureDistillation", 1.0)}),
@@ -427,7 +432,7 @@ def test_the_target_as_reference_is_seen_without_crops(data, tmp_path):
 )
 def test_what_a_term_lacks_is_said_before_training(data, tmp_path, method, changes, message):
     one = config(
-        data, tmp_path / "run", **{"method": method, "kind": "folder"} | {key: changes[key] for key in ("kind",) if key in changes}
+        data, tmp_path / "run", **{"method": method, "kind": "folder"} | {key: changes[key] for key in ("kind", "model") if key in changes}
     )
     if "reference" in changes:
         one = dataclasses.replace(one, reference=dataclasses.replace(one.reference, modalities=changes["reference"]))
@@ -513,7 +518,7 @@ def test_contexts_where_the_target_has_one_template(data, tmp_path):
 )
 def test_options_without_a_term_for_them(data, tmp_path, options, message):
     if "cache" in options:
-        embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+        embed_data(Options(str(small_clip()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
         options = {**options, "cache": tmp_path / "cache"}
     with pytest.raises(ValueError, match=message):
         finetune_from(config(data, tmp_path / "run", kind="folder", method=MethodConfig("m", **options)))
@@ -559,7 +564,7 @@ def test_what_no_sample_has_is_said_before_there_is_a_folder(data, tmp_path):
     with pytest.raises(ValueError, match=r"expected samples that can be read, got .*: no \.txt"):
         finetune_from(dataclasses.replace(one, target=DataConfig("tar", str(tmp_path / "0.tar"))))
     shutil.copytree(data / "classes" / "owl", tmp_path / "other" / "owl")
-    embed_data(Options(str(model_folder()), tmp_path / "other", tmp_path / "cache", device="cpu", workers=0))
+    embed_data(Options(str(small_clip()), tmp_path / "other", tmp_path / "cache", device="cpu", workers=0))
     cached = dataclasses.replace(DIVE, teacher="cached", cache=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"EmbeddingCache: expected ids of .*, got 16 of 16 that it lacks"):
         finetune_from(config(data, tmp_path / "run", method=cached))
@@ -596,7 +601,7 @@ def test_captions_and_anchors(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_high_learning_rate_warns(data, tmp_path):
-    model = ModelConfig(str(model_folder()), learning_rates=(1e-6, 1e-5))
+    model = ModelConfig(str(small_clip()), learning_rates=(1e-6, 1e-5))
     with pytest.warns(UserWarning, match="the learning rate 0.001 is far above what is usual for .*, 1e-06 to 1e-05"):
         finetune_from(dataclasses.replace(config(data, tmp_path / "run", model=model, learning_rate=1e-3, steps=1), ensemble=None))
     with pytest.warns(
@@ -722,7 +727,7 @@ def test_terms_on_the_target(data, tmp_path, options):
 
 
 def test_what_a_teacher_is_made_for(data, tmp_path):
-    embed_data(Options(str(model_folder()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
+    embed_data(Options(str(small_clip()), data / "pairs.tsv", tmp_path / "cache", device="cpu", workers=0))
     method = MethodConfig("m", DIVE.terms, {"gram": TermConfig("GramStructure", 1.0)}, teacher="cached", cache=tmp_path / "cache")
     with pytest.raises(ValueError, match="expected a teacher that sees the augmented target pairs, got a cached one"):
         finetune_from(config(data, tmp_path / "run", method=method))
@@ -797,7 +802,7 @@ def test_few_broken_samples_are_said_at_the_end(data, tmp_path, capsys):
 
 def test_dry_run_evaluates_the_base_model(data, tmp_path, capsys, monkeypatch):
     """All of it, or a random part of it, before the steps that are thrown away; not a linear probe."""
-    base = load(str(model_folder()))
+    base = load(str(small_clip()))
     right = evaluated(base, data)["accuracy"]
     one = config(data, tmp_path / "run", method=PROBE, kind="folder", evaluation={"id": DataConfig("folder", str(data / "classes"))})
     finetune_from(dataclasses.replace(one, dry_run=True))
@@ -857,7 +862,7 @@ def test_evaluation_and_the_best_model(data, tmp_path):
     assert [entry["step"] for entry in found] == [0, 3, 6, 8]
     assert (mixed["step"], mixed["ensemble"]) == (8, 0.5)
     start, *found = found
-    assert start["id"] == pytest.approx(evaluated(load(str(model_folder())), data))
+    assert start["id"] == pytest.approx(evaluated(load(str(small_clip())), data))
     assert mixed["id"] == pytest.approx(evaluated(load(str(tmp_path / "run" / "ensemble" / "alpha-0.50")), data))
     assert all(0 <= entry[name]["accuracy"] <= 100 for entry in found for name in evaluation)
     assert found[0]["id"] != found[0]["shift"] or found[1]["id"] != found[1]["shift"]
@@ -876,7 +881,7 @@ def test_a_measure_that_is_not_finite(data, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_module, "read", lambda *args, **options: grouped)
     saved = []
     monkeypatch.setattr(finetune_module._Run, "export", lambda run, folder: saved.append(folder.name))
-    monkeypatch.setattr(finetune_module, "ensemble", lambda options: [model_folder()])
+    monkeypatch.setattr(finetune_module, "ensemble", lambda options: [small_clip()])
     one = config(data, tmp_path / "run", evaluation={"id": DataConfig("folder", "x")}, best="id", evaluate_every=1, steps=5)
     finetune_from(dataclasses.replace(one, best_by="worst_group"))
     assert saved == ["best", "best", "model"]
@@ -913,7 +918,7 @@ def test_evaluation_by_hand(data):
         def __getitem__(self, row):
             return {"id": "x", "broken": "x"} if row == 5 else super().__getitem__(row) | {"group": int(self.groups[row])}
 
-    loaded = load(str(model_folder()))
+    loaded = load(str(small_clip()))
     dataset = Grouped(data / "classes", transform=loaded.transform, templates=("a {}.", "{}"))
     found = evaluate(loaded.model.train(), dataset, loaded.tokenizer, batch_size=7)
     assert loaded.model.training
@@ -1027,7 +1032,7 @@ def test_probe_is_watched(data, tmp_path):
     out = finetune_from(watched)
     found = [json.loads(line) for line in (tmp_path / "run" / "drift.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in found] == [2, 4]
-    final, start = load(str(out)), load(str(model_folder()))
+    final, start = load(str(out)), load(str(small_clip()))
     folder = LabelledFolder(data / "classes", transform=final.transform, class_names=NAMES)
     rows = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:25].sort().values.tolist()
     images, labels = torch.stack([folder[row]["image"] for row in rows]), torch.tensor(folder.labels[rows])
@@ -1101,7 +1106,7 @@ def test_export_for_transformers(data, tmp_path, vit):
         found = getattr(found, "pooler_output", found)
         torch.testing.assert_close(found, model.encode_image(images), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="to_transformers: expected CLIP with a plain ViT"):
-        finetune_from(dataclasses.replace(config(data, tmp_path / "emoji"), transformers=True))
+        finetune_from(dataclasses.replace(config(data, tmp_path / "emoji", model=EMOJI), transformers=True))
     assert not (tmp_path / "emoji").exists()
 
 
@@ -1184,7 +1189,7 @@ def test_broken_samples(data, tmp_path, workers, capsys):
     ],
 )
 def test_mistakes_are_one_line(data, tmp_path, capsys, arguments, message):
-    given = ["--model.name", str(model_folder()), "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "1"]
+    given = ["--model.name", str(small_clip()), "--target.kind", "csv", "--target.path", str(data / "pairs.tsv"), "--train.steps", "1"]
     given += ["--train.warmup_steps", "0"]
     given += ["--train.workers", "0", "--train.batch_size", "8", "--output", str(tmp_path / "run"), "--device", "cpu"]
     if "--method.terms" in arguments:
@@ -1365,7 +1370,7 @@ def test_an_early_stop_is_the_same_after_a_kill(data, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_other_weights_are_refused_in_a_run_that_goes_on(data, tmp_path):
     """The teacher would be another model."""
-    shutil.copytree(model_folder(), tmp_path / "model")
+    shutil.copytree(small_clip(), tmp_path / "model")
     one = config(data, tmp_path / "run", model=ModelConfig(str(tmp_path / "model")), ensemble=None)
     finetune_from(one)
     file = tmp_path / "model" / "open_clip_config.json"

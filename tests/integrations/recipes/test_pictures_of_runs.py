@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from small import small_clip
 
-from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes.cli import main
 from geomreg.integrations.recipes.config import Config, DataConfig, MethodConfig, MonitorConfig, TermConfig, TrainConfig
 from geomreg.integrations.recipes.data import ImageConfig
@@ -72,7 +72,7 @@ def config(folder, output, *, method=DIVE, images=None, probe=False, workers=0, 
     more = {"probe": classes, "monitor": MonitorConfig(every=3)} if probe else {}
     images = {} if images is None else {"images": images}
     target, reference = (pairs, pairs) if method.terms else (classes, None)
-    return Config(ModelConfig(str(model_folder())), target, train, output, method, reference, device="cpu", **{**more, **images, **others})
+    return Config(ModelConfig(str(small_clip())), target, train, output, method, reference, device="cpu", **{**more, **images, **others})
 
 
 def weights(folder):
@@ -129,7 +129,7 @@ def test_dry_run(data, tmp_path, capsys, workers):
 
 
 def embedded(data, output, **others):
-    options = {"model": str(model_folder()), "data": data / "shop" / "pairs.csv", "device": "cpu", "workers": 0, "check": 0}
+    options = {"model": str(small_clip()), "data": data / "shop" / "pairs.csv", "device": "cpu", "workers": 0, "check": 0}
     embed_data(Options(output=output, **options, **others))
     return dataclasses.replace(DIVE, teacher="cached", cache=output)
 
@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_its_options_alone(data, tmp_path):
 def test_the_models_own_color(data, tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()
-    for file in model_folder().iterdir():
+    for file in small_clip().iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     written = json.loads((model / "open_clip_config.json").read_text())
     written["preprocess_cfg"]["fill_color"] = 127

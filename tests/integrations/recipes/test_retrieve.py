@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import small_clip
 from torch import nn
 
 from geomreg import EmbeddingCache, Embeddings, Teacher
-from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes import retrieve as module
 from geomreg.integrations.recipes.data import CsvPairs, LabelledFolder, Subset
 from geomreg.integrations.recipes.embed import Options as EmbedOptions
@@ -122,7 +122,7 @@ def test_caches_of_embed(tmp_path):
         for row in rows:
             Image.fromarray(pictures[row]).save(tmp_path / name / "class" / f"{row}.png")
         options = {"data": tmp_path / name, "output": tmp_path / f"{name} cache", "modality": "image"}
-        embed_data(EmbedOptions(str(model_folder()), **options, device="cpu", workers=0, check=0))
+        embed_data(EmbedOptions(str(small_clip()), **options, device="cpu", workers=0, check=0))
     options = {"target": tmp_path / "target cache", "pool": tmp_path / "pool cache", "output": tmp_path / "ids.txt"}
     assert sorted(retrieve(RetrieveOptions(**options, k=1))) == ["class/2.png", "class/5.png"]
     data = Subset(LabelledFolder(tmp_path / "pool", transform=np.asarray), tmp_path / "ids.txt")
