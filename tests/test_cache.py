@@ -429,6 +429,7 @@ def slowly(model, batch):
     return encode(model, batch)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     """SIGKILL at arbitrary moments; the run that gets through ends with the rows of one that was left alone."""
     work = functools.partial(built, shard_rows=40)

@@ -96,6 +96,7 @@ def killed(folder, pause, every):
     run(folder, pause=pause, every=every)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, whole):
     """SIGKILL after some steps and some milliseconds, and in the midst of saves."""
     assert killed_until_done(killed, tmp_path, 0.06, 2, first=0.3, more=0.13) >= 2

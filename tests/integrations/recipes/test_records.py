@@ -231,6 +231,7 @@ def holding(output, ready, end):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_one_command_at_a_time(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, end = context.Event(), tmp_path / "end"

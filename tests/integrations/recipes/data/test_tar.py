@@ -458,7 +458,7 @@ def test_fingerprints(folder, tmp_path):
     assert changed["text"] != base["text"]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_worker_processes(method, folder, tmp_path):
     write(folder / "00001.tar", shard(1) | {"bare.jpg": png(1)})
     data = read(folder / "*.tar", index=tmp_path / "index.safetensors")
