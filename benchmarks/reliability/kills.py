@@ -3,9 +3,9 @@
     python benchmarks/reliability/kills.py --kills 25   # of each configuration; results/kills.json, written after each round
 
 Four configurations on EmojiCLIP and random pictures, in one thread: image-text pairs with DiVE; class folders with a head, evaluations and
-the best model; a drift monitor whose alarm ends the run; two processes. A round is a run that is killed until it gets through. Then every
-file in its folder is compared byte by byte with those of a whole run, but for the random name of the run in environment.json. A call adds
-rounds to those that are recorded, up to the number of kills.
+the best model; a drift monitor whose alarm ends the run; two processes, of which one is killed and the other must end by itself. A round is
+a run that is killed until it gets through. Then every file in its folder is compared byte by byte with those of a whole run, but for the
+random name of the run in environment.json. A call adds rounds to those that are recorded, up to the number of kills.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import Any
 
 FILE = Path(__file__).parent / "results" / "kills.json"
 NAMES = ("pairs", "head", "early stop", "two processes")
+PATIENCE = 120  # seconds
 
 
 def write_data(folder: Path) -> None:
@@ -90,12 +91,15 @@ def attempt(name: str, data: Path, output: Path, limit: float | None) -> bool:
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     through = all(process.exitcode is not None for process in processes)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-    if through and any(codes):
+    if through and any(codes := [process.exitcode for process in processes]):
         raise RuntimeError(f"kills: expected a run of {name} to get through or be killed, got exit codes {codes}.")
+    victim = random.randrange(ranks)
+    processes[victim].kill()
+    for process in processes:
+        process.join(PATIENCE)
+        if process.exitcode is None:
+            process.kill()
+            raise RuntimeError(f"kills: expected process {1 - victim} to end within {PATIENCE} s of the other's death, got one that waits.")
     return through
 
 
