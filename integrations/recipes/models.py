@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_positive
 from geomreg.gradients import reached
 from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.checksums import check_export
 from geomreg.integrations.recipes.data.rgb import ImageConfig, Preprocessing
 from geomreg.integrations.recipes.preprocess import Preprocess, preprocess_of_file
 from geomreg.integrations.recipes.tokenizers import load_tokenizer
@@ -142,8 +143,9 @@ def load(
             model agree on.
 
     Raises:
-        ValueError: an unknown name, no weights, or weights beside a folder; a damaged or impossible configuration; weights whose
-            preprocessing is not known; a tokenizer whose files are not to be had; a TorchScript archive.
+        ValueError: an unknown name, no weights, or weights beside a folder; a damaged or impossible configuration; an export whose files
+            are not those that were written; weights whose preprocessing is not known; a tokenizer whose files are not to be had; a
+            TorchScript archive.
         RuntimeError: damaged weights, or those of another architecture.
     """
     stated = {} if preprocess is None else preprocess.stated()
@@ -151,6 +153,7 @@ def load(
     if folder.is_dir():
         if pretrained is not None:
             raise ValueError(f"load: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
+        check_export("load", folder)
         name, (config, written) = f"local-dir:{folder}", _config_of_folder(folder, name, stated)
         images = images or written
     elif name.startswith("hf-hub:"):
