@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHECKSUMS", "check_export", "difference", "write_checksums"]
+__all__ = ["CHECKSUMS", "check_export", "checksum", "difference", "write_checksums"]
 
 CHECKSUMS = "checksums.json"
 _LOOKED_AT: dict[tuple[Any, ...], str | None] = {}  # what is wrong with folders whose files have been read already
@@ -20,7 +20,7 @@ def write_checksums(folder: Path, *names: str) -> Path:
     """
     listed = names or sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: _digest(folder / name) for name in listed if name != CHECKSUMS}
-    (folder / CHECKSUMS).write_text(json.dumps({"files": files, "checksum": _checksum(files)}, indent=1), encoding="utf-8")
+    (folder / CHECKSUMS).write_text(json.dumps({"files": files, "checksum": checksum(files)}, indent=1), encoding="utf-8")
     return folder / CHECKSUMS
 
 
@@ -62,7 +62,7 @@ def _difference(folder: Path) -> str | None:
     except (OSError, ValueError):
         return f"a damaged {CHECKSUMS}"
     files = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or content.get("checksum") != _checksum(files):
+    if not isinstance(files, dict) or content.get("checksum") != checksum(files):
         return f"a damaged {CHECKSUMS}"
     for name, digest in files.items():
         file = folder / name
@@ -81,5 +81,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _checksum(files: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
+def checksum(content: Mapping[str, Any]) -> str:
+    """Of what a JSON file holds, beside the checksum itself."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
