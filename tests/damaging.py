@@ -11,14 +11,16 @@ import random
 import re
 import tarfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import open_clip
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torchvision.transforms.functional import to_tensor
 from transformers import PreTrainedTokenizerFast
@@ -208,19 +210,15 @@ def of_folder(folder: Path) -> Kind:
 
 def of_weights(folder: Path) -> Kind:
     """Files that people pass with a model's name."""
-    (folder / "configs").mkdir()
-    (folder / "configs" / "tiny-of-tests.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder / "configs")
     torch.manual_seed(0)
     state = open_clip.CLIP(**TINY).state_dict()
-    from safetensors.torch import save_file
-
     save_file(state, folder / "weights.safetensors")
     torch.save(state, folder / "weights.pt")
     stated = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "shortest")
 
     def read() -> Any:
-        found = [load("tiny-of-tests", str(folder / name), preprocess=stated) for name in ("weights.safetensors", "weights.pt")]
+        with patch.dict(open_clip.factory._MODEL_CONFIGS, {"tiny": TINY}):
+            found = [load("tiny", str(folder / name), preprocess=stated) for name in ("weights.safetensors", "weights.pt")]
         return [one.model.state_dict() for one in found]
 
     return Kind([folder / "weights.safetensors", folder / "weights.pt"], read, checked=False)
@@ -527,6 +525,18 @@ def damaged(kind: str, content: bytes, generator: random.Random, other: bytes = 
         "zeros": content[:place] + bytes(len(content) - place),  # of a write that a lost machine did not finish
         "gone": None,
     }[kind]
+
+
+def every_key(value: Any) -> Iterator[Any]:
+    """Copies of a JSON value with one key renamed or lost, each key at each depth; of the entries of a list the first two."""
+    if isinstance(value, dict):
+        for key in value:
+            yield {(one + "x" if one == key else one): entry for one, entry in value.items()}
+            yield {one: entry for one, entry in value.items() if one != key}
+            yield from ({**value, key: changed} for changed in every_key(value[key]))
+    elif isinstance(value, list):
+        for place, entry in enumerate(value[:2]):
+            yield from ([*value[:place], changed, *value[place + 1 :]] for changed in every_key(entry))
 
 
 def _altered(value: Any, kind: str, generator: random.Random) -> Any:

@@ -189,7 +189,7 @@ def _config_of_folder(folder: Path, name: str, stated: dict[str, Any]) -> tuple[
     weights = (path for path in folder.iterdir() if path.name != "head.safetensors")
     if not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in weights):  # open_clip would begin at random
         raise ValueError(f"load: expected weights in the model's folder {name}, got none. Export or copy the model there.")
-    content = read_json("load", file, dict, "the configuration of a model", "Export the model anew.")
+    content = read_json("load", file, dict, "a configuration with model_cfg", "Export the model anew.")
     try:
         config: dict[str, Any] = content["model_cfg"]
         for part in (config, config["vision_cfg"], config["text_cfg"], preprocess := content.get("preprocess_cfg", {})):

@@ -123,10 +123,11 @@ def test_checksums_that_are_not_there(tmp_path):
         experiment.load_model(tmp_path)
 
 
-def test_damaged_drawings_of_the_second_artist(monkeypatch):
-    monkeypatch.setattr(data, "TWEMOJI_SHA256", "0" * 64)
-    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped drawings, got a damaged"):
-        data.twemoji_animals()
+@pytest.mark.parametrize(("name", "read"), [("TWEMOJI_SHA256", data.twemoji_animals), ("GROUPS_SHA256", data.concepts.__wrapped__)])
+def test_damaged_data_of_the_package(monkeypatch, name, read):
+    monkeypatch.setattr(data, name, "0" * 64)
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped data, got a damaged .*\. Reinstall geomreg\.$"):
+        read()
 
 
 @pytest.mark.slow

@@ -70,7 +70,9 @@ def test_load_from_a_folder(tmp_path):
     with pytest.raises(RuntimeError, match=r"load: expected whole weights of local-dir:.*, got a damaged file"):
         load(str(tmp_path / "model"))
     (tmp_path / "model" / "open_clip_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"load: expected the configuration of a model in .*open_clip_config.json, got a file .*Expecting"):
+    with pytest.raises(
+        ValueError, match=r"load: expected a configuration with model_cfg in .*open_clip_config.json, got a file .*Expecting"
+    ):
         load(str(tmp_path / "model"))
 
 
