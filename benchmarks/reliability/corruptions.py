@@ -2,7 +2,7 @@
 
     python benchmarks/reliability/corruptions.py   # results/corruptions.json
 
-For each kind of file that the library reads (``KINDS`` in tests/damaging.py, with the reader that a command uses) and each of its files,
+For each kind of file that the library reads (``KINDS`` in tests/files_read.py, with the reader that a command uses) and each of its files,
 mutations from a seed: a flipped bit anywhere, or near the beginning, a cut end, an inserted byte, another file's content, nothing, zeros
 from some place on, no file; in JSON also a renamed or lost key and a value of another type; in tables and other lines a damaged one. The
 file is then read as a command reads it, and what was read is compared with what is read of the whole file.
@@ -28,7 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from damaging import KINDS, Damaged, damages
+from damaging import Damaged, damages
+from files_read import KINDS
 
 FILE = Path(__file__).parent / "results" / "corruptions.json"
 EACH = 8  # mutations of each file by each damage

@@ -9,7 +9,8 @@ import random
 import re
 
 import pytest
-from damaging import ERRORS, KINDS, LINE, Damaged, damages, every_key, of_folder
+from damaging import ERRORS, LINE, Damaged, damages, every_key
+from files_read import KINDS, of_folder
 
 from geomreg.integrations.recipes.models import load
 
