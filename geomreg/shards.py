@@ -239,6 +239,8 @@ class Shard:
             self._checksums = self._array("checksums")
             if not {"hashes", "ids", "of_ids"} <= self._tensors.keys():
                 raise KeyError("ids")
+            if ("views" in self._tensors) != ("of_views" in self._tensors):
+                raise KeyError("views")
         except (LookupError, ValueError, TypeError) as error:
             raise damaged(self.path, f"other tensors ({error})") from error
         if self.dtype not in DTYPES or len(self._checksums) != -(-self._rows // BLOCK):

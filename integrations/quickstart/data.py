@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 SIZE = 64  # pixels of a cached drawing; training and evaluation views are resampled from it
+GROUPS_SHA256 = "54bfc389e83e4294e67d4c04781b1a841049a0e12ee01c179832ca3653a83795"
 TWEMOJI_SHA256 = "69f9d83e5c64653b3076d27748404ffe8a86879b71a6bbb66c02bdfc2a225b76"
 _FORMAT = 1  # part of every cache key: raise it when the meaning of a cached file changes
 _COLOR_LAYERS = {"color", "color-foreground", "hair", "skin", "skin-shadow"}
@@ -85,7 +86,7 @@ def concepts() -> dict[str, Concept]:
     for characters, entry in emoji.EMOJI_DATA.items():
         code = "-".join(f"{ord(character):04X}" for character in characters if character != "\ufe0f")
         names[code] = entry["en"].strip(":").replace("_", " ")
-    groups = json.loads(resources.files(__package__).joinpath("unicode_groups.json").read_text("utf-8"))
+    groups = json.loads(_shipped("unicode_groups.json", GROUPS_SHA256))
     return {code: Concept(code, names[code], group) for group, codes in groups.items() for code in codes if code in names}
 
 
@@ -170,12 +171,17 @@ def openmoji_drawings(style: str, *, cache_dir: Path | None = None, progress: bo
 
 def twemoji_animals() -> Drawings:
     """The target's classes as Twemoji draws them; RuntimeError if the file is not the one shipped."""
-    path = resources.files(__package__).joinpath("twemoji_animals.npz")
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() != TWEMOJI_SHA256:
-        raise RuntimeError(f"quickstart: expected the shipped drawings, got {'a damaged' if content else 'no'} {path}. Reinstall geomreg.")
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+    with np.load(io.BytesIO(_shipped("twemoji_animals.npz", TWEMOJI_SHA256)), allow_pickle=False) as file:
         return Drawings(tuple(file["codes"].tolist()), torch.from_numpy(file["images"]))
+
+
+def _shipped(name: str, digest: str) -> bytes:
+    """Content of a file that comes with the package; RuntimeError if it is another."""
+    path = resources.files(__package__).joinpath(name)
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise RuntimeError(f"quickstart: expected the shipped data, got {'a damaged' if content else 'no'} {path}. Reinstall geomreg.")
+    return content
 
 
 def cached_drawings(

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import json
 import re
@@ -25,6 +24,7 @@ from geomreg.ensemble import alpha_sweep
 from geomreg.integrations.open_clip import embed
 from geomreg.integrations.quickstart.data import Drawings, concepts, openmoji_drawings, twemoji_animals
 from geomreg.integrations.quickstart.views import CORRUPTIONS, fixed_views, random_views
+from geomreg.integrations.recipes.checksums import CHECKSUMS, difference
 from geomreg.integrations.recipes.evaluate import accuracy, correct, embed_images, zero_shot_head
 from geomreg.integrations.recipes.models import model_folder
 from geomreg.integrations.recipes.train import Batch, Settings, encode, finetune
@@ -122,16 +122,11 @@ def openmoji_experiment(*, progress: bool = False) -> Experiment:
 def load_model(folder: Path | None = None) -> nn.Module:
     """The pre-trained EmojiCLIP in evaluation mode; RuntimeError if its files are not the ones shipped."""
     folder = model_folder() if folder is None else folder
-    card = folder / "SHA256"
-    if not card.is_file():
-        raise RuntimeError(f"quickstart: expected the checkpoint's {card}, got no such file. Reinstall geomreg.")
-    listed = {name: digest for digest, _, name in (line.partition("  ") for line in card.read_text(encoding="utf-8").splitlines())}
-    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
-        path, expected = folder / name, listed.get(name)
-        if not path.is_file():
-            raise RuntimeError(f"quickstart: expected the checkpoint's {path}, got no such file. Reinstall geomreg.")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise RuntimeError(f"quickstart: expected the shipped checkpoint, got a damaged {path}. Reinstall geomreg.")
+    for name in (CHECKSUMS, "open_clip_config.json", "open_clip_model.safetensors"):
+        if not (folder / name).is_file():
+            raise RuntimeError(f"quickstart: expected the checkpoint's {folder / name}, got no such file. Reinstall geomreg.")
+    if (reason := difference(folder)) is not None:
+        raise RuntimeError(f"quickstart: expected the shipped checkpoint in {folder}, got {reason}. Reinstall geomreg.")
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", output_dict=True)
     return model.float().eval()
 

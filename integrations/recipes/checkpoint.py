@@ -1,6 +1,5 @@
 """Everything that a run needs to go on, in safetensors and JSON; whole or not at all, and with a checksum of every file."""
 
-import hashlib
 import json
 import os
 import random
@@ -17,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from geomreg.integrations.recipes.checksums import CHECKSUMS, difference, write_checksums
 from geomreg.integrations.recipes.files import put_in_place, writing
 
 __all__ = ["begin", "checkpoints", "latest", "publish", "random_state", "read", "set_random_state", "write"]
 
 _NAME = re.compile(r"step-(\d{9})")
-_CHECKSUMS = "checksums.json"
-_LOOKED_AT: dict[tuple[Any, ...], str | None] = {}  # what is wrong with checkpoints whose files have been read already
+_WARNED: set[tuple[Path, str]] = set()  # of damaged checkpoints, each once in a process
 _TENSOR, _ITEMS = "tensor", "items"  # what stands in the JSON for a tensor, and for a dict whose keys are not all strings
 
 
@@ -64,10 +63,8 @@ def publish(partial: Path, *, keep: int | None = None) -> Path:
     for path in partial.iterdir():  # what a killed process was writing with
         if path.suffix not in (".json", ".safetensors"):
             path.unlink()
-    with writing("finetune", file := partial / _CHECKSUMS):
-        files = {path.name: _digest(path) for path in sorted(partial.iterdir()) if path.name != _CHECKSUMS}
-        file.write_text(json.dumps({"files": files, "checksum": _checksum(files)}, indent=1), encoding="utf-8")
-        _to_disk(file)
+    with writing("finetune", partial / CHECKSUMS):
+        _to_disk(write_checksums(partial))
     put_in_place(partial, final)  # maybe the same step again, after a resume that went back
     _to_disk(final.parent)
     there = checkpoints(final.parent)
@@ -117,11 +114,11 @@ def latest(folder: Path) -> Path | None:
     """
     wrong: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(folder)):
-        known = len(_LOOKED_AT)
-        if (reason := _damage(path)) is None:
+        if (reason := difference(path)) is None:
             return path
         wrong.append((path, reason))
-        if len(_LOOKED_AT) > known:
+        if (path, reason) not in _WARNED:
+            _WARNED.add((path, reason))
             warnings.warn(
                 f"finetune: expected the checkpoint {path} as it was written, got {reason}. The run makes its steps again.",
                 stacklevel=2,
@@ -133,46 +130,6 @@ def latest(folder: Path) -> Path | None:
             f"the folder {folder}: the run then begins again with its first step."
         )
     return None
-
-
-def _damage(path: Path) -> str | None:
-    """What differs in a checkpoint from what was written; its files are read once."""
-    stamps = ((file.name, (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in sorted(path.iterdir()))
-    key = (str(path), *stamps)
-    if key not in _LOOKED_AT:
-        _LOOKED_AT[key] = _difference(path)
-    return _LOOKED_AT[key]
-
-
-def _difference(path: Path) -> str | None:
-    try:
-        content = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"no {_CHECKSUMS} (an older geomreg wrote none)"
-    except (OSError, ValueError):
-        return f"a damaged {_CHECKSUMS}"
-    files = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(files, dict) or content.get("checksum") != _checksum(files):
-        return f"a damaged {_CHECKSUMS}"
-    for name, digest in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"no {name}"
-        if _digest(file) != digest:
-            return f"another content of {name}"
-    return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _checksum(files: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def random_state() -> dict[str, Any]:

@@ -181,9 +181,13 @@ def _has_method(path: Path) -> bool:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False  # said when it is parsed
-    return isinstance(content, dict) and "method" in content
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        got = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ValueError(f"expected options in YAML in {path}, got {got.rstrip('.')}. Mend the file.") from error
+    if not isinstance(content, dict):
+        got = "an empty file" if content is None else type(content).__name__
+        raise ValueError(f"expected options by name in YAML in {path}, got {got}. Mend the file, or leave it out.")
+    return "method" in content
 
 
 if __name__ == "__main__":

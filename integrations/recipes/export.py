@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from geomreg.integrations.recipes.checksums import CHECKSUMS, write_checksums
 from geomreg.integrations.recipes.files import new_folder, put_in_place, writing
 from geomreg.integrations.recipes.head import write_head
 from geomreg.integrations.recipes.selfcheck import check_open_clip, check_transformers, preprocess_of
@@ -24,7 +25,7 @@ __all__ = ["check_plain", "to_open_clip", "to_transformers"]
 _PLAIN_VISION = {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"}
 _PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_WRITTEN = {"open_clip_model.safetensors", "head.safetensors", "classes.json", "model.safetensors"}  # beside a configuration
+_WRITTEN = {"open_clip_model.safetensors", "head.safetensors", "classes.json", "model.safetensors", CHECKSUMS}  # beside a configuration
 
 
 def to_open_clip(
@@ -38,8 +39,9 @@ def to_open_clip(
 ) -> Path:
     """Write what ``open_clip.create_model_and_transforms("local-dir:...")`` and its ``get_tokenizer`` load: whole, or nothing.
 
-    The export is loaded again and compared with the model on a few texts and pictures before it takes the folder's name, see
-    :func:`~geomreg.integrations.recipes.selfcheck.check_open_clip`.
+    Checksums of all files are written with them, which :func:`~geomreg.integrations.recipes.models.load` and
+    :func:`~geomreg.integrations.recipes.head.load_head` compare. The export is loaded again and compared with the model on a few
+    texts and pictures before it takes the folder's name, see :func:`~geomreg.integrations.recipes.selfcheck.check_open_clip`.
 
     Args:
         model: open_clip model, without adapters.
@@ -66,6 +68,7 @@ def to_open_clip(
         if head is not None:
             write_head(temporary, *head)
         write_tokenizer(tokenizer, config["model_cfg"], temporary)
+        write_checksums(temporary)
         if check:
             check_open_clip(model, config, temporary, folder, tokenizer=tokenizer)
     return folder

@@ -32,14 +32,21 @@ def writing(name: str, path: Path) -> Iterator[None]:
 
 
 def read_json(name: str, path: Path, kind: type[Any], what: str, advice: str) -> Any:
-    """The content of a JSON file; messages begin with ``name``.
+    """The content of a JSON file in UTF-8, with or without byte order mark; messages begin with ``name`` and name the file.
+
+    Args:
+        name: of the caller.
+        path: of the file.
+        kind: type that its content must have.
+        what: should be in it.
+        advice: what to do about another.
 
     Raises:
-        ValueError: damaged, or of another type than ``kind``.
+        ValueError: missing, damaged, or of another type than ``kind``.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected {what} in {path}, got a file that cannot be read ({error}). {advice}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{name}: expected {what} in {path}, got {type(content).__name__}. {advice}")

@@ -70,8 +70,8 @@ def finetune_from(config: Config) -> Path:
     The run's folder holds config.json (resolved), environment.json, data.json (digests of the data), metrics.jsonl, evaluation.jsonl,
     checkpoints, drift.jsonl if there is a probe, broken.txt if samples could not be read, and in open_clip's layout, adapters merged, the
     final model in ``model``, the best in ``best`` and the mixture with the model at the start in ``ensemble``; a trained head is beside the
-    weights, in head.safetensors and classes.json. If asked for, ``transformers`` holds the final model for its CLIPModel. In the .jsonl
-    files null stands for a number that is not finite.
+    weights, in head.safetensors and classes.json, and checksums of all files in checksums.json. If asked for, ``transformers`` holds the
+    final model for its CLIPModel. In the .jsonl files null stands for a number that is not finite.
 
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.

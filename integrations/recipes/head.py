@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.checksums import check_export
 from geomreg.integrations.recipes.data import collate
 from geomreg.integrations.recipes.evaluate import zero_shot_head
 from geomreg.integrations.recipes.files import read_json
@@ -137,8 +138,9 @@ def load_head(folder: Path) -> tuple[nn.Linear, nn.Linear, list[str]] | None:
     """Head, its start, and the classes' names, as :func:`write_head` wrote them; None if there is no head.
 
     Raises:
-        ValueError: a damaged file.
+        ValueError: a damaged file, or any that is not as it was exported.
     """
+    check_export("load_head", folder)
     file = folder / "head.safetensors"
     if not file.is_file():
         return None

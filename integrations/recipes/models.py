@@ -1,9 +1,9 @@
 """open_clip models for training: by name or from a folder, frozen in part, with adapters."""
 
 import difflib
-import json
 import math
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_positive
 from geomreg.gradients import reached
 from geomreg.integrations.open_clip import embed
+from geomreg.integrations.recipes.checksums import check_export
 from geomreg.integrations.recipes.data.rgb import ImageConfig, Preprocessing
-from geomreg.integrations.recipes.preprocess import Preprocess, preprocess_of_file
+from geomreg.integrations.recipes.files import read_json
+from geomreg.integrations.recipes.preprocess import Preprocess, check_written, preprocess_of_file
 from geomreg.integrations.recipes.tokenizers import load_tokenizer
 
 __all__ = [
@@ -142,8 +144,9 @@ def load(
             model agree on.
 
     Raises:
-        ValueError: an unknown name, no weights, or weights beside a folder; a damaged or impossible configuration; weights whose
-            preprocessing is not known; a tokenizer whose files are not to be had; a TorchScript archive.
+        ValueError: an unknown name, no weights, or weights beside a folder; a damaged or impossible configuration; an export whose files
+            are not those that were written; weights whose preprocessing is not known; a tokenizer whose files are not to be had; a
+            TorchScript archive.
         RuntimeError: damaged weights, or those of another architecture.
     """
     stated = {} if preprocess is None else preprocess.stated()
@@ -151,6 +154,7 @@ def load(
     if folder.is_dir():
         if pretrained is not None:
             raise ValueError(f"load: expected no pretrained weights beside the folder {name}, got {pretrained!r}. It holds its own.")
+        check_export("load", folder)
         name, (config, written) = f"local-dir:{folder}", _config_of_folder(folder, name, stated)
         images = images or written
     elif name.startswith("hf-hub:"):
@@ -185,8 +189,8 @@ def _config_of_folder(folder: Path, name: str, stated: dict[str, Any]) -> tuple[
     weights = (path for path in folder.iterdir() if path.name != "head.safetensors")
     if not any(path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in weights):  # open_clip would begin at random
         raise ValueError(f"load: expected weights in the model's folder {name}, got none. Export or copy the model there.")
+    content = read_json("load", file, dict, "a configuration with model_cfg", "Export the model anew.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         config: dict[str, Any] = content["model_cfg"]
         for part in (config, config["vision_cfg"], config["text_cfg"], preprocess := content.get("preprocess_cfg", {})):
             if not isinstance(part, dict):
@@ -195,6 +199,8 @@ def _config_of_folder(folder: Path, name: str, stated: dict[str, Any]) -> tuple[
     except (ValueError, KeyError, TypeError) as error:
         got = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"load: expected open_clip_config.json with model_cfg in {folder}, got {got}. Export the model anew.") from error
+    check_written(file, "preprocess_cfg", preprocess)
+    check_written(file, "vision_cfg", {"image_size": config["vision_cfg"].get("image_size")})
     if lacking := [key for key in ("mean", "std") if preprocess.get(key) is None and key not in stated]:
         raise ValueError(
             f"load: expected preprocess_cfg with mean and std in {file}, got no {' and no '.join(lacking)}. Write there what the weights "
@@ -208,9 +214,13 @@ def _refuse_torchscript(file: Path) -> None:
     """An archive of code and weights, as OpenAI published CLIP's."""
     if not zipfile.is_zipfile(file):
         return
-    with zipfile.ZipFile(file) as archive:
-        if not any("/code/" in one for one in archive.namelist()):
-            return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except Exception:  # of a dozen kinds, for a damaged one: torch, which reads it next, says so
+        return
+    if not any("/code/" in one for one in names):
+        return
     raise ValueError(
         f"load: expected a file of weights, got the TorchScript archive {file}. Convert it: "
         f"state = torch.jit.load({str(file)!r}, map_location='cpu').state_dict(); "
@@ -224,12 +234,15 @@ def _built(name: str, pretrained: str | None, preprocess: dict[str, Any]) -> nn.
         warnings.simplefilter("always")
         try:
             model: nn.Module = open_clip.create_model(name, pretrained=pretrained, output_dict=True, force_preprocess_cfg=preprocess)
-        except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        except (SafetensorError, EOFError, pickle.UnpicklingError, struct.error, MemoryError) as error:
             raise RuntimeError(
                 f"load: expected whole weights of {pretrained or name}, got a damaged file ({' '.join(str(error).split())[:200]}). "
                 "Copy it anew."
             ) from error
-        except (AssertionError, ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AssertionError, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, RuntimeError) as error:
+            is_here = Path(pretrained or name.removeprefix("local-dir:")).exists()
+            if isinstance(error, OSError) and (error.filename is not None or not is_here):
+                raise  # a file or a server that cannot be reached; else what a damaged file leads to
             got = f"{type(error).__name__} ({' '.join(str(error).split())[:300]})"
             if name.startswith("local-dir:"):
                 file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"

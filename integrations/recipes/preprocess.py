@@ -1,6 +1,8 @@
 """Which preprocessing the weights of a model were trained with: of a file open_clip does not know it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
@@ -8,9 +10,10 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from geomreg.checks import check_positive
 
-__all__ = ["FIELDS", "Preprocess", "preprocess_of_file"]
+__all__ = ["FIELDS", "Preprocess", "check_written", "preprocess_of_file"]
 
 FIELDS = ("mean", "std", "interpolation", "resize_mode", "fill_color")  # the image size is the model's
+_CHOICES = {"mode": ("RGB",), "interpolation": ("bicubic", "bilinear", "random"), "resize_mode": ("shortest", "longest", "squash")}
 _EXAMPLES = {"mean": "'[0.5,0.5,0.5]'", "std": "'[0.5,0.5,0.5]'", "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": "0"}
 
 
@@ -82,3 +85,35 @@ def preprocess_of_file(name: str, file: str, stated: dict[str, Any]) -> dict[str
             f"{list(open_clip.OPENAI_DATASET_MEAN)} and {list(open_clip.OPENAI_DATASET_STD)}."
         )
     return found
+
+
+def check_written(file: Path, part: str, written: Mapping[str, Any]) -> None:
+    """What the configuration of a model's folder says of images are values that open_clip takes; fields may be lacking, or null.
+
+    Args:
+        file: the configuration.
+        part: its ``preprocess_cfg`` or ``vision_cfg``.
+        written: what stands there.
+
+    Raises:
+        ValueError: names the file and the first field that does not.
+    """
+    for field, value in written.items():
+        if value is not None and not _is_possible(field, value):
+            raise ValueError(
+                f"load: expected {part} with values that open_clip takes in {file}, got {field} {value!r:.200}. Mend the file, or "
+                "export the model anew."
+            )
+
+
+def _is_possible(field: str, value: Any) -> bool:
+    if field in ("mean", "std"):
+        return isinstance(value, list) and len(value) == 3 and all(_is_number(one) and (field == "mean" or one > 0) for one in value)
+    if field in ("size", "image_size", "fill_color"):
+        numbers = value if isinstance(value, list) and value else [value]
+        return all(isinstance(one, int) and _is_number(one) and one >= (field != "fill_color") for one in numbers)
+    return field not in _CHOICES or value in _CHOICES[field]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6

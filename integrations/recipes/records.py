@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from geomreg.integrations.recipes.checksums import checksum
 from geomreg.integrations.recipes.config import Config
 from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.data.strings import fingerprint
@@ -196,7 +197,8 @@ def _environment() -> dict[str, Any]:
         command = ["git", "describe", "--always", "--dirty"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent, check=False)
         commit = answer.stdout.strip() or None
-    return {"run": uuid.uuid4().hex[:8], "python": platform.python_version(), "packages": installed, "git": commit}
+    found = {"run": uuid.uuid4().hex[:8], "python": platform.python_version(), "packages": installed, "git": commit}
+    return {**found, "checksum": checksum(found)}
 
 
 def _is_installed(name: str) -> bool:
@@ -228,8 +230,11 @@ class Log:
         if self.tracked:
             file = config.output / "environment.json"
             environment = read_json("finetune", file, dict, "the environment of a run", _ADVICE)
-            if not isinstance(environment.get("run"), str):
-                raise ValueError(f"finetune: expected the name of the run, for its trackers, in {file}, got none. {_ADVICE}")
+            known = environment.pop("checksum", None)  # older versions wrote none
+            if not isinstance(environment.get("run"), str) or known not in (None, checksum(environment)):
+                raise ValueError(
+                    f"finetune: expected the name of the run, for its trackers, in {file}, got none, or another than was written. {_ADVICE}"
+                )
             wandb = {"id": environment["run"], "name": config.output.name, "dir": str(config.output), "resume": "allow"}
             try:
                 accelerator.init_trackers("geomreg", dict(_flat(dataclasses.asdict(config))), {"wandb": wandb})

@@ -39,15 +39,15 @@ def test_untrained_tokens_are_zero():
 
 def test_damaged_or_missing_checkpoint(tmp_path):
     folder = experiment.model_folder()
-    for name in ("open_clip_config.json", "SHA256"):
+    for name in ("open_clip_config.json", "checksums.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(RuntimeError, match=r"^quickstart: expected the checkpoint.s .* got no such file"):
         experiment.load_model(tmp_path)
     (tmp_path / "open_clip_model.safetensors").write_bytes((folder / "open_clip_model.safetensors").read_bytes()[:-1])
-    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint, got a damaged .*\.safetensors"):
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint in .*, got another content of .*\.safetensors"):
         experiment.load_model(tmp_path)
     (tmp_path / "open_clip_config.json").write_text("{}")
-    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint, got a damaged .*\.json"):
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint in .*, got another content of .*\.json"):
         experiment.load_model(tmp_path)
 
 
@@ -118,15 +118,16 @@ def test_package_that_is_not_there(package, monkeypatch, capsys, tmp_path):
 def test_checksums_that_are_not_there(tmp_path):
     for path in experiment.model_folder().iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "SHA256").write_text("")
-    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint, got a damaged"):
+    (tmp_path / "checksums.json").write_text("")
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped checkpoint in .*, got a damaged"):
         experiment.load_model(tmp_path)
 
 
-def test_damaged_drawings_of_the_second_artist(monkeypatch):
-    monkeypatch.setattr(data, "TWEMOJI_SHA256", "0" * 64)
-    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped drawings, got a damaged"):
-        data.twemoji_animals()
+@pytest.mark.parametrize(("name", "read"), [("TWEMOJI_SHA256", data.twemoji_animals), ("GROUPS_SHA256", data.concepts.__wrapped__)])
+def test_damaged_data_of_the_package(monkeypatch, name, read):
+    monkeypatch.setattr(data, name, "0" * 64)
+    with pytest.raises(RuntimeError, match=r"^quickstart: expected the shipped data, got a damaged .*\. Reinstall geomreg\.$"):
+        read()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -14,6 +15,7 @@ from geomreg.checks import describe
 from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
 from geomreg.integrations.recipes.data.texts import Tokenizer
+from geomreg.integrations.recipes.files import read_json
 
 __all__ = ["CocoCaptions"]
 
@@ -114,11 +116,7 @@ class CocoCaptions(Dataset[dict[str, Any]]):
 def _read(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"CocoCaptions: expected a JSON file, got none at {path}. Check the path.")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"CocoCaptions: expected JSON in {path}, got {error}. Pass captions_train2017.json, say.") from error
+    content: dict[str, Any] = read_json("CocoCaptions", Path(path), object, "JSON", "Pass captions_train2017.json, say.")
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             got = f"the keys {', '.join(map(repr, content)) or '(none)'}" if isinstance(content, dict) else describe(content)

@@ -1,10 +1,10 @@
 """Labelled images in the ImageFolder layout, with class names and templates as texts."""
 
 import difflib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from geomreg.integrations.recipes.data.sample import check_reader, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint
 from geomreg.integrations.recipes.data.table import read_rows
 from geomreg.integrations.recipes.data.texts import Tokenizer, check_templates, fill
+from geomreg.integrations.recipes.files import read_json
 
 __all__ = ["LabelledFolder", "class_folders"]
 
@@ -154,32 +155,32 @@ def _images(folder: str, prefix: str, above: frozenset[str] = frozenset()) -> It
 def _names(given: Mapping[str, str] | str | os.PathLike[str] | None, folders: list[str]) -> tuple[str, ...]:
     if given is None:
         return tuple(folder.replace("_", " ") for folder in folders)
+    where = ""
     if isinstance(given, (str, os.PathLike)):
+        where = f" in {os.fspath(given)}"
         given = _read_names(os.fspath(given), folders)
     if not isinstance(given, Mapping) or not all(isinstance(name, str) and name for name in given.values()):
         raise ValueError(
-            f"LabelledFolder: expected class_names as a dict from folder to name, or a file of one, got {given!r:.200}. "
+            f"LabelledFolder: expected class_names as a dict from folder to name, or a file of one, got {given!r:.200}{where}. "
             "Write {'n01440764': 'tench'}, say."
         )
     for folder in given:
         if folder not in folders:
             near = difflib.get_close_matches(str(folder), folders, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "Remove it."
-            raise ValueError(f"LabelledFolder: expected names of class folders that there are, got one of {folder!r}. {hint}")
+            raise ValueError(f"LabelledFolder: expected names of class folders that there are, got one of {folder!r}{where}. {hint}")
     missing = [folder for folder in folders if folder not in given]
     if missing:
         shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"LabelledFolder: expected a name for every class folder, got none for {shown}. Add it to class_names.")
+        raise ValueError(f"LabelledFolder: expected a name for every class folder, got none for {shown}{where}. Add it to class_names.")
     return tuple(given[folder] for folder in folders)
 
 
 def _read_names(path: str, folders: list[str]) -> Any:
     if path.lower().endswith(".json"):
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                return json.load(file)
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise ValueError(f"LabelledFolder: expected JSON in {path}, got {error}. Write an object from folder to name.") from error
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"LabelledFolder: expected a JSON file, got none at {path}. Check the path.")
+        return read_json("LabelledFolder", Path(path), object, "JSON", "Write an object from folder to name.")
     names: dict[str, str] = {}
     for number, (line, fields) in enumerate(read_rows("LabelledFolder", path, known={folder.casefold() for folder in folders})):
         if len(fields) != 2:

@@ -447,5 +447,6 @@ def _checksum(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     for key in ("shards", "extensions"):
         digest.update(metadata.get(key, "").encode("utf-8", "surrogateescape"))
     for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
         digest.update(np.ascontiguousarray(tensors[name]))
     return digest.hexdigest()

@@ -137,12 +137,12 @@ def test_impossible_names(names, message, folder):
     [
         ("x.json", b'{"n01": ', r"JSON in .*x\.json, got .*line 1 column.*\. Write an object"),
         ("x.json", b'{"n01": "\xff"}', r"JSON in .*x\.json, got .*utf-8.*\. Write an object"),
-        ("x.json", b'["tench"]', r"class_names as a dict from folder to name, or a file of one, got \['tench'\]"),
+        ("x.json", b'["tench"]', r"class_names as a dict from folder to name, or a file of one, got \['tench'\] in .*x\.json\."),
         ("x.csv", b"n01,a,b\nn02,b,c\n", r"two columns in .*x\.csv, folder and name, got 3 in line 1\. Put quotes"),
         ("x.csv", b"n01,a\nn02_x,b\nn01,c\n", r"one name for each folder, got a second one for 'n01' in line 3 of .*x\.csv\. Remove one\."),
         ("x.csv", b"n01,a\nn02_x,b,c\n", r"2 fields a row as in the first"),
         ("x.csv", b"", r"rows in .*x\.csv, got an empty file"),
-        ("x.csv", b"n1,a\nn02_x,b\nn02 x,c\n", r"a name for every class folder, got none for 'n01'"),
+        ("x.csv", b"n1,a\nn02_x,b\nn02 x,c\n", r"a name for every class folder, got none for 'n01' in .*x\.csv\."),
     ],
 )
 def test_damaged_files_of_names(name, content, message, folder, tmp_path):
