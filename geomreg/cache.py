@@ -36,6 +36,7 @@ from geomreg.cache_build import (
     tidy,
 )
 from geomreg.checks import check_count, check_positive
+from geomreg.older_tables import warn_of_texts
 from geomreg.shards import Shard, Table, id_hashes
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
@@ -151,7 +152,7 @@ class EmbeddingCache:
                     f"EmbeddingCache: expected ids of {table.folder}, got {len(absent)} of {len(known)} that it lacks: {shown}. Build the "
                     "cache over all reference data; an id's type counts (7 is not '7')."
                 )
-            if modality == "text" and (views := text_views({"text": text}, len(known))) is not None:
+            if modality == "text" and (views := text_views({"text": text}, len(known), table.padding)) is not None:
                 _check_views(table, known, rows, views)
             found[modality] = torch.from_numpy(table.read(rows)).float()
         return Embeddings(**found)
@@ -307,7 +308,7 @@ class EmbeddingCache:
             with agreed():
                 if rank_of_process() == 0:
                     writable = held.enter_context(locked(path))
-                    todo = [one for one in builds if not one.finished(probe)]
+                    todo = [one for one in builds if not one.finished(probe) and (writable or not one.readable)]
                     if todo and not writable:
                         raise OSError(f"{name}: expected a folder that can be written, got {path}: {todo[0].modality} is to be built anew.")
                     for one in todo:
@@ -331,12 +332,15 @@ class EmbeddingCache:
 
 
 def _check_views(table: Table, ids: list[Any], rows: NDArray[np.int64], views: NDArray[np.uint64]) -> None:
+    warned = table.unknown_views
     if (other := np.flatnonzero(table.other_views(rows, views))).size:
         raise ValueError(
             f"EmbeddingCache: expected the texts that {table.folder} was built from, got another for {other.size} of {len(ids)} samples: "
             f"{', '.join(repr(ids[k]) for k in other[:3])}. Show the text that was embedded (template, caption, tokenizer), or use the "
             "teacher itself."
         )
+    if table.unknown_views and not warned:
+        warn_of_texts(table.folder)
 
 
 def _opened_again(path: Path, folders: dict[str, str]) -> EmbeddingCache:
