@@ -25,6 +25,7 @@ from geomreg.cache_build import (
     compare,
     described_view,
     embed_missing,
+    fingerprints_at,
     from_first_process,
     largest_difference,
     locked,
@@ -55,7 +56,11 @@ class EmbeddingCache:
 
     A cache holds one view for each sample. Augmented reference images need the teacher itself. Of texts that are token ids ``(B, L)`` at
     ``"text"`` the cache knows which ones it embedded: another text under the same id (another template, an edited caption) is an error,
-    never a wrong embedding. Images are known by their ids and the transform alone.
+    never a wrong embedding. Padding does not count: what fills a text up in a batch and not alone. Images are known by their ids, the
+    transform and what the data set says of how their files are read.
+
+    Caches of older versions are read. One whose texts were not noted says so once, when token ids are at hand, and is built anew by
+    :meth:`build`; one that does not say how image files were read stays if samples that are embedded anew are as stored, with a warning.
 
     Example:
         >>> import tempfile, torch
@@ -129,7 +134,7 @@ class EmbeddingCache:
             ids: B sample ids: whole numbers or strings; a tensor of integers is read as such.
             modalities: what is read; by default all that the cache has.
             text: ``(B, L)`` token ids of the samples' texts, if they are at hand: compared with those that were embedded, where texts are
-                read. Zeros at the end do not count.
+                read. Padding does not count.
 
         Returns:
             :class:`Embeddings` of ``(B, D)`` fp32 tensors on the CPU; None for what is not read.
@@ -201,7 +206,7 @@ class EmbeddingCache:
         check_count("EmbeddingCache.verify", "n", n, 1)
         check_positive("EmbeddingCache.verify", "tolerance", tolerance)
         source = Source("EmbeddingCache.verify", teacher, dataset, **loading)
-        expected = source.fingerprints(modalities_of(source.probe()))
+        expected = source.fingerprints(modalities_of(source.probe()), self.fingerprint)
         shared = tuple(modality for modality in self._tables if modality in expected)
         if not shared:
             raise ValueError(
@@ -264,7 +269,9 @@ class EmbeddingCache:
             teacher: a frozen copy, or a student with its adapters off; not an averaged one, which moves.
             dataset: of known length, whose samples are dicts with an ``"id"`` (whole number or string, each once) and what
                 ``teacher.encode`` takes. May have ``ids`` (of all samples: then checked before anything is embedded),
-                ``transform``, ``tokenizer``, and ``fingerprint`` (a string, or one for each modality, that changes with the content).
+                ``transform``, ``tokenizer``, ``fingerprint`` (a string, or one for each modality, that changes with the content), and
+                ``loading`` (a string that changes with how image files become what ``transform`` gets); and ``same_files(digest)``,
+                whether another image fingerprint is of the same files.
             path: folder to build in.
             dtype: ``torch.float32``, or ``torch.float16`` for half the size (0.9 % error on the average vector loss at a drift of 0.3 %).
             preprocessing: the transform of the images, or a string that names it; by default ``dataset.transform``.
@@ -299,7 +306,7 @@ class EmbeddingCache:
                 kind = {"dtype": str(dtype).removeprefix("torch."), "shard_rows": shard_rows}
                 builds = [
                     TableBuild(path, {"modality": modality, "fingerprint": fingerprint, **kind}, source)
-                    for modality, fingerprint in source.fingerprints(modalities_of(probe)).items()
+                    for modality, fingerprint in source.fingerprints(modalities_of(probe), fingerprints_at(path)).items()
                 ]
                 check_together(path, {one.modality: one.description["fingerprint"] for one in builds})
             with agreed():  # apart: it is a collective, which a process with an error above does not reach

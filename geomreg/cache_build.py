@@ -44,6 +44,7 @@ __all__ = [
     "compare",
     "described_view",
     "embed_missing",
+    "fingerprints_at",
     "from_first_process",
     "largest_difference",
     "locked",
@@ -212,8 +213,9 @@ class Source:
             raise ValueError(f"{self.name}: expected image or text embeddings from the teacher, got None for both. Embed at least one.")
         return ids, Embeddings(**found)
 
-    def fingerprints(self, unit: Mapping[str, bool]) -> dict[str, dict[str, str]]:
-        """For each modality what its embeddings come from."""
+    def fingerprints(self, unit: Mapping[str, bool], stored: Mapping[str, Mapping[str, str]] | None = None) -> dict[str, dict[str, str]]:
+        """For each modality what its embeddings come from; of a data set that differs from that of a table which is ``stored`` in how
+        file names are written alone, as there."""
         weights = self.teacher.fingerprint()
         content = getattr(self.dataset, "fingerprint", None)
         if content is not None and not isinstance(content, (str, Mapping)):
@@ -231,7 +233,15 @@ class Source:
             }
             if modality == "image" and (loading := getattr(self.dataset, LOADING, None)) is not None:
                 found[modality][LOADING] = str(loading)
+            there = (stored or {}).get(modality, {}).get("data set")
+            if modality == "image" and there is not None and self._same_files(found[modality]["data set"], there):
+                found[modality]["data set"] = there
         return found
+
+    def _same_files(self, now: str, there: str) -> bool:
+        (head, _, content), (head_there, _, content_there) = (text.partition(", content ") for text in (now, there))
+        same = getattr(self.dataset, "same_files", None)
+        return head == head_there and content != content_there and same is not None and bool(same(content_there))
 
 
 class _Named(Dataset[Any]):
@@ -662,6 +672,15 @@ def published(path: Path) -> dict[str, str]:
     if not isinstance(tables, dict):
         raise damaged(path / MANIFEST, "no list of tables")
     return tables
+
+
+def fingerprints_at(path: Path) -> dict[str, dict[str, str]]:
+    """Of the finished tables; without those that are damaged, which are built anew."""
+    found = {}
+    for modality, folder in published(path).items():
+        with suppress(RuntimeError):
+            found[modality] = dict(read_json(path / folder / "table.json")["fingerprint"])
+    return found
 
 
 def check_together(path: Path, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
