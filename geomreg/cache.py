@@ -38,6 +38,7 @@ from geomreg.cache_build import (
 )
 from geomreg.checks import check_count, check_positive
 from geomreg.older_tables import warn_of_texts
+from geomreg.same_weights import Origin
 from geomreg.shards import Shard, Table, id_hashes
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
@@ -74,6 +75,7 @@ class EmbeddingCache:
 
     def __init__(self, path: Path, tables: dict[str, Table]) -> None:
         self.path, self._tables = path, tables
+        self.origin: Origin | None = None  # a model that is known to embed so
 
     # reading
 
@@ -111,6 +113,13 @@ class EmbeddingCache:
             if views[modality] is not None:
                 expected[VIEW[modality]] = described_view(modality, views[modality])
             compare(self.path, modality, fingerprint, expected)
+        if teacher is not None:
+            self._remember(teacher)
+
+    def _remember(self, teacher: Teacher) -> None:
+        """The model that a teacher with these weights was made from."""
+        agreement = getattr(teacher, "_agreement", None)
+        self.origin = None if agreement is None else agreement.origin()
 
     @property
     def fingerprint(self) -> dict[str, dict[str, str]]:
@@ -335,7 +344,9 @@ class EmbeddingCache:
                         publish(path, todo)
                         tidy(path)
             with agreed():
-                return cls.open(path)
+                cache = cls.open(path)
+        cache._remember(teacher)
+        return cache
 
 
 def _check_views(table: Table, ids: list[Any], rows: NDArray[np.int64], views: NDArray[np.uint64]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_count, check_fraction, check_modalities, check_returned, describe
-from geomreg.same_weights import Agreement, same_parameters
+from geomreg.same_weights import HALF_ROUNDING, Agreement, Origin, same_parameters
 from geomreg.schedules import Schedule
 from geomreg.statistics import follow_statistics, moving_statistics
 from geomreg.types import Embeddings
@@ -37,7 +37,8 @@ class Teacher(nn.Module):
     term starts far from 0 and fits that noise. Embed the batch of the terms with ``student.eval()`` (gradients flow all the same), or set
     the rates to 0; the batch of the task may keep its dropout. Another view of the batch, other preprocessing and another precision do
     the same. The first term that compares embeddings of a student that still has the weights of this teacher warns of it, once; a student
-    that is another model, or has moved, is left alone, and so are cached teachers and weights that are sharded over processes.
+    that is another model, or has moved, is left alone, and so are weights that are sharded over processes, and cached teachers but for
+    those whose cache was opened or built with a teacher made from the student.
 
     Args:
         model: any ``nn.Module``; copied, never changed.
@@ -467,14 +468,27 @@ class _Cached(Teacher):
             if modality not in cache.fingerprint:
                 raise ValueError(f"Teacher: expected a cache of {modality} embeddings, got {cache!r}. Build it with both modalities.")
         self.cache = cache
+        student = self._origin.model() if self._origin is not None else None
+        # in which precision the cache was built is not known
+        self._of_student = None if student is None else Agreement(student, self._agrees, HALF_ROUNDING)
         super(Teacher, self).train(False)
+
+    @property
+    def _origin(self) -> Origin | None:
+        return getattr(self.cache, "origin", None)
+
+    def _agrees(self, student: nn.Module) -> bool:
+        return self._origin is not None and self._origin.unmoved(student)
 
     def forward(self, batch: Any) -> Embeddings:
         if not isinstance(batch, Mapping) or "id" not in batch:
             raise TypeError(f'Teacher: expected a batch as a dict with "id" to look up, got {describe(batch)}. Let the data set give ids.')
         device = next((value.device for key, value in batch.items() if key != "id" and isinstance(value, Tensor)), torch.device("cpu"))
         found = self.cache(batch["id"], self.modalities, text=batch.get("text"))
-        return Embeddings(*(None if value is None else value.to(device) for value in found))
+        embeddings = Embeddings(*(None if value is None else value.to(device) for value in found))
+        if self._of_student is not None:
+            self._of_student.mark(embeddings)
+        return embeddings
 
     def fingerprint(self) -> str:
         return next(iter(self.cache.fingerprint.values()))["weights"]

@@ -22,6 +22,7 @@ from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
 from geomreg.integrations.recipes.passes import ON_PARAMETERS, Batch, Passes
 from geomreg.integrations.recipes.shard import Sharded, check_launch, like
 from geomreg.precision import at_least_fp32
+from geomreg.same_weights import uncompared
 from geomreg.statistics import moving_statistics, recompute_statistics
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
@@ -309,12 +310,14 @@ class _Training:
         passes = dataclasses.replace(self.passes, norms=norms, bank=bank)
         self.optimizer.zero_grad()
         batch = _moved(next(target), self.accelerator.device)
+        with uncompared():  # the target batch is embedded in training mode, as its loss needs it
+            frozen = self._frozen(batch, self.target_regularizer)
         terms, of_target = passes.on_target(
-            batch, self._frozen(batch, self.target_regularizer), self.loss, self.target_regularizer,
+            batch, frozen, self.loss, self.target_regularizer,
             step=step, unique_texts=self.settings.unique_texts, sync=not regularized,
         )  # fmt: skip
         self._follow(batch)
-        del batch
+        del batch, frozen
         value = torch.zeros((), device=self.accelerator.device)
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names what that one used.
         if regularized and self.regularizer is not None and reference is not None:
@@ -330,7 +333,7 @@ class _Training:
     def _follow(self, batch: Batch) -> None:
         """Statistics of an averaged teacher, from the target batch: images alone where only their tower has some."""
         if self.teacher is not None and (names := moving_statistics(self.model)):
-            images = all(name.startswith("visual.") for name in names)
+            images = getattr(self.teacher, "encode", None) is encode and all(name.startswith("visual.") for name in names)
             with self.accelerator.autocast():
                 self.teacher.follow({"image": batch["image"]} if images else batch, self.model)
 

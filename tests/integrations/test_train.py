@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from geomreg import AverageVectorLoss, DiVE, FeatureDistillation, GramStructure, Teacher, WeightedSum
+from geomreg import AverageVectorLoss, CosineAnchor, DiVE, FeatureDistillation, GramStructure, Teacher, WeightedSum
 from geomreg.integrations.recipes.train import Settings, encode, finetune
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
@@ -248,6 +248,21 @@ def test_averaged_teacher_has_statistics_of_its_own(decay):
                  reference=lambda start: pairs(50 + start))  # fmt: skip
     assert max(entries[0]["dive"], entries[0]["avl"]) < 1e-9
     assert entries[-1]["avl"] > 1e-9 or decay == 0
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_terms_on_a_target_with_dropout_are_not_called_a_mistake(chunk_size):
+    """Its loss needs training mode; the reference is embedded in evaluation mode and agrees."""
+    torch.manual_seed(0)
+    one = open_clip.CLIP(embed_dim=24, vision_cfg={**VIT, "patch_dropout": 0.5}, text_cfg=TEXT, output_dict=True).double()
+    keep, on_target = WeightedSum(avl=(1.0, AverageVectorLoss())), WeightedSum(cosine=(1.0, CosineAnchor()))
+    entries = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        finetune(one, batches(1), dataclasses.replace(SETTINGS, chunk_size=chunk_size), accelerator=Accelerator(cpu=True), regularizer=keep,
+                 target_regularizer=on_target, teacher=Teacher(one, encode), reference=batches(2), on_step=entries.append)  # fmt: skip
+    assert entries[0]["cosine"] > 1e-3
+    assert entries[0]["avl"] < 1e-12
 
 
 @pytest.mark.parametrize("steps", [6, 7])
