@@ -102,7 +102,7 @@ class Source:
             "image": preprocessing if preprocessing is not None else getattr(dataset, "transform", None),
             "text": tokenizer if tokenizer is not None else getattr(dataset, "tokenizer", None),
         }
-        self.padding = told_padding(self.views["text"])
+        self.padding, self.ragged = told_padding(self.views["text"]), False  # whether batches pad to their longest text
         self.parts: list[list[int]] = []  # samples of the probe
         self.viewed: NDArray[np.uint64] | None = None  # of the probe, where texts can be told apart
         self.ids: list[Any] | None = None
@@ -142,7 +142,7 @@ class Source:
                         "transform), or keep the teacher itself."
                     )
             padding = padding or self._padding(part, first)
-        self.padding = padding or self.padding
+        self.padding, self.ragged = padding or self.padding, padding is not None
         batch = self.batch(parts[0])
         (ids, once), (_, twice) = self.encoded(batch), self.encoded(batch)
         if not ids:
@@ -290,18 +290,23 @@ class TableBuild:
             table = Table.open(self.path / current)
             rows = table.find(id_hashes(self.source.name, probe[0]))
             stored = torch.from_numpy(table.read(rows)).float() if (rows >= 0).all() else None
+            knows_texts = self.modality != "text" or self.source.viewed is None or self._knows_texts(table)
         except RuntimeError:  # to be mended
             self.name = current
             return False
         if stored is None or largest_difference(stored, getattr(probe[1], self.modality))[0] > TOLERANCE:
             self.name = other if current == self.name else self.name  # other samples, encode or precision: beside the old one
             return False
-        if self.modality == "text" and self.source.viewed is not None and not table.has_views():
+        if not knows_texts:
             self.name, self.readable = other if current == self.name else self.name, True
             return False
         self.name = current
         self.again = self._readable_now(table) if table.description.get("skipped") else set()
         return not self.again
+
+    def _knows_texts(self, table: Table) -> bool:
+        """Every shard does, so that the same text is the same in any batch."""
+        return table.has_views() and (not self.source.ragged or table.padding == self.source.padding)
 
     def _names(self, description: Mapping[str, Any]) -> tuple[str, str]:
         """Of a folder, and of the one that takes its place if it holds something else."""

@@ -9,8 +9,8 @@ from geomreg.cache_build import published
 from geomreg.shards import Shard, read_json, write_index, write_json, write_shard
 
 
-def forget_texts(path):
-    """The text table does not know what it embedded, and nothing of padding."""
+def forget_texts(path, zeros=None):
+    """The text table knows nothing of padding, and does not know what it embedded; or by ``zeros``, hashes of samples by number."""
     folder = path / published(path)["text"]
     description = read_json(folder / "table.json")
     numbers = [entry["number"] for entry in description["shards"]]
@@ -18,7 +18,7 @@ def forget_texts(path):
         shard = Shard(folder, number)
         rows = np.empty((len(shard), shard.width), np.dtype(shard.dtype))
         shard.read(np.arange(len(shard)), rows, np.arange(len(shard)))
-        write_shard(folder, number, shard.ids(), rows)
+        write_shard(folder, number, shard.ids(), rows, None if zeros is None else zeros(shard.ids()))
     write_index(folder, numbers, _older(description))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from geomreg import EmbeddingCache, Embeddings, Teacher
 from geomreg import cache as module
+from geomreg.views import text_views
 
 ROWS = 70  # more than are looked at
 
@@ -152,3 +153,43 @@ def test_and_is_built_anew_if_one_of_them_does_not(tmp_path):
     assert len(tables(tmp_path).items() - before.items()) == 1
     batch = batch_of(now)
     torch.testing.assert_close(EmbeddingCache.open(tmp_path)(range(ROWS)).image, TEACHER(batch).image)
+
+
+def test_damage_in_a_shard_that_is_not_looked_at_is_mended(tmp_path):
+    """The look at what the shards know finds it."""
+    built(tmp_path, Pairs())
+    (shard,) = tmp_path.glob("text-*/000002.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[9] ^= 255  # the header
+    shard.write_bytes(content)
+    cache, batch = built(tmp_path, Pairs()), batch_of(Pairs())
+    torch.testing.assert_close(Teacher.cached(cache)(batch).text, TEACHER(batch).text)
+
+
+def test_texts_that_were_hashed_with_their_padding_are_made_anew(tmp_path):
+    """As a version did that knew zeros alone."""
+
+    def pad(samples):
+        width = max(len(one["text"]) for one in samples)
+        texts = [torch.cat([one["text"], torch.full((width - len(one["text"]),), 1)]) for one in samples]
+        return {
+            **torch.utils.data.default_collate([{"id": one["id"], "image": one["image"]} for one in samples]),
+            "text": torch.stack(texts),
+        }
+
+    class Ragged(Pairs):
+        def __getitem__(self, row):
+            sample = super().__getitem__(row)
+            return {**sample, "text": torch.cat([sample["text"][: 1 + row % 4].clamp(min=2), torch.tensor([2])])}
+
+    teacher = Teacher(
+        nn.Linear(3, 5),
+        lambda model, batch: Embeddings(text=model(torch.stack([(batch["text"] == k).sum(1) for k in (2, 3, 4)], 1).float())),
+    )
+    options = {"shard_rows": 20, "progress": False, "collate_fn": pad, "batch_size": 8}
+    cache = EmbeddingCache.build(teacher, Ragged(), tmp_path, **options)
+    forget_texts(tmp_path, zeros=lambda rows: text_views(pad([Ragged()[row] for row in rows]), len(rows)))
+    with pytest.raises(ValueError, match="got another for"):
+        Teacher.cached(EmbeddingCache.open(tmp_path))(pad([Ragged()[4]]))
+    cache = EmbeddingCache.build(teacher, Ragged(), tmp_path, **options)
+    Teacher.cached(cache)(pad([Ragged()[4]]))

@@ -368,10 +368,16 @@ def test_cached_teacher_whose_student_moved_before_it_was_made(tmp_path):
     batch = {"id": list(range(32)), "x": rows}
     teacher = Teacher.cached(cache)
     assert not heard(lambda: [AverageVectorLoss()(in_dict(model, batch), teacher(batch)) for _ in range(3)])
+
+
+def test_cached_teacher_keeps_no_model_alive(tmp_path):
+    model, _, rows = built()
+    teacher = cached(tmp_path, model, rows)
     held = weakref.ref(model)
     del model
     gc.collect()
-    assert held() is None  # a cache keeps no model alive
+    assert held() is None
+    teacher({"id": [0], "x": rows[:1]})
 
 
 def test_nothing_is_said_where_training_mode_is_meant():

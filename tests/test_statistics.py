@@ -1,10 +1,13 @@
 """Running statistics of batch normalisations beside averaged weights: collected anew they are those of a direct pass."""
 
 import copy
+import os
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -227,3 +230,31 @@ def test_layers_that_are_not_reached_or_not_meant_keep_theirs():
     recompute_statistics(model, [data(9)], run, names=["4"])
     assert all(torch.equal(after[key], statistics(model)[key]) for key in after if key.startswith("1."))
     assert not torch.equal(after["4.running_mean"], statistics(model)["4.running_mean"])
+
+
+def follow_on_rank(rank, folder):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        student = network().train()
+        teacher = Teacher.averaged(student, image)
+        teacher.follow(data(6 + rank, seed=rank))
+        torch.save(teacher.model.state_dict(), folder / f"{rank}.pt")
+        if not rank:  # without the other
+            recompute_statistics(student, [data(9)], run, alone=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_follow_together(tmp_path):
+    mp.spawn(follow_on_rank, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    seen = [network() for _ in range(2)]
+    for rank, model in enumerate(seen):
+        without_dropout(model)(data(6 + rank, seed=rank))
+    for key in statistics(seen[0]):
+        mean = (seen[0].state_dict()[key] + seen[1].state_dict()[key]) / 2
+        for one in found:
+            torch.testing.assert_close(one[key], mean, msg=key)
