@@ -7,7 +7,8 @@ that compares them with embeddings of that very model says what it finds. No for
 What is seen: whole batches, chunks of ``backward(separable=True)`` whose teacher's rows are those of the chunk, other chunked steps at the
 teacher's next call, and cached teachers whose cache was opened or built with a teacher that was made from the student. What is not seen,
 and never said wrongly: other rows of a teacher's embeddings, a cache that was opened without its teacher, weights that are sharded over
-processes (FSDP2), compiled terms, and the terms on a target batch in a run of the recipes, which is in training mode on purpose.
+processes (FSDP2), running statistics that a batch of the task has moved, compiled terms, and the terms on a target batch in a run of the
+recipes, which is in training mode on purpose.
 """
 
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from geomreg.chunks import current_pass
+from geomreg.statistics import STATISTICS
 from geomreg.types import Embeddings
 
 __all__ = ["Agreement", "Origin", "compare", "same_parameters", "uncompared"]
@@ -91,6 +93,13 @@ class Agreement:
         self._open, self._pending = False, None
         _forget(self)
 
+    def _statistics_moved(self, student: nn.Module) -> bool:
+        """Running statistics of batch normalisations are no longer the teacher's."""
+        teacher = getattr(getattr(self._equal(), "__self__", None), "model", None)
+        held = {} if teacher is None else dict(teacher.named_buffers())
+        pairs = ((value, held.get(name)) for name, value in student.named_buffers() if name.rpartition(".")[2] in STATISTICS)
+        return any(other is not None and not torch.equal(value, other.to(value)) for value, other in pairs)
+
     def _still_equal(self, student: nn.Module) -> bool:
         equal = self._equal()
         return equal is not None and equal(student)
@@ -109,6 +118,9 @@ class Agreement:
         half = any(value.dtype in (torch.bfloat16, torch.float16) for value in (student, teacher, *model.parameters()))
         tolerance = HALF_ROUNDING if half or torch.is_autocast_enabled(student.device.type) else self._rounding
         if not apart > tolerance or not self._still_equal(model):
+            return
+        if not _noise(model) and self._statistics_moved(model):  # by a batch of the task, as they should
+            self.close()
             return
         message = _message(field, apart, model)
         if student.grad_fn is None:  # a leaf of a chunked step does not say whose it is
@@ -136,11 +148,11 @@ class Origin:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Callable[[], nn.Module | None] = weakref.ref(model)
-        self._version = _version(model)
+        self._version = _version(model) + _counted(model)
 
     def unmoved(self, model: nn.Module) -> bool:
-        """It is this one, with the weights that it had."""
-        return self.model() is model and _version(model) == self._version
+        """It is this one, with the weights and running statistics that it had."""
+        return self.model() is model and _version(model) + _counted(model) == self._version
 
 
 @contextmanager
@@ -185,6 +197,12 @@ def _forget(agreement: Agreement) -> None:
 def _version(model: nn.Module) -> int:
     """Rises with every change in place."""
     return sum(value._version for value in model.parameters() if not value.is_inference())
+
+
+def _counted(model: nn.Module) -> int:
+    """Rises with every batch that a batch normalisation counts."""
+    counts = (value for name, value in model.named_buffers() if name.rpartition(".")[2] == "num_batches_tracked")
+    return sum(value._version for value in counts if not value.is_inference())
 
 
 def _reaches(value: Tensor, model: nn.Module) -> bool:

@@ -13,14 +13,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from geomreg.distributed import all_reduce_sum, world_size
 
-__all__ = ["follow_statistics", "mixed_statistics", "moving_statistics", "recompute_statistics", "warn_of_mixed_statistics"]
+__all__ = ["STATISTICS", "follow_statistics", "mixed_statistics", "moving_statistics", "recompute_statistics", "warn_of_mixed_statistics"]
 
-_STATISTICS = ("running_mean", "running_var")
+STATISTICS = ("running_mean", "running_var")
 
 
 def moving_statistics(model: nn.Module) -> list[str]:
@@ -73,7 +74,7 @@ def recompute_statistics(
     layers = [layer for layer in _layers(model) if meant is None or id(layer) in meant]
     if not layers:
         return 0
-    before = [{name: getattr(layer, name).clone() for name in (*_STATISTICS, "num_batches_tracked")} for layer in layers]
+    before = [{name: getattr(layer, name).clone() for name in (*STATISTICS, "num_batches_tracked")} for layer in layers]
     modes, momenta = [(module, module.training) for module in model.modules()], [layer.momentum for layer in layers]
     count = 0
     try:
@@ -103,7 +104,10 @@ def recompute_statistics(
 
 @torch.no_grad()
 def follow_statistics(model: nn.Module, names: Collection[str], run: Callable[[], object]) -> None:
-    """Let the named batch normalisations see one batch in training mode, all else in evaluation mode; all processes together.
+    """Let the named batch normalisations see one batch in training mode, all else in evaluation mode.
+
+    Several processes begin with the first one's statistics, and each goes on with its own batch: as DistributedDataParallel does with
+    those of the student.
 
     Args:
         model: whose running statistics move, each by its own momentum.
@@ -112,6 +116,10 @@ def follow_statistics(model: nn.Module, names: Collection[str], run: Callable[[]
     """
     layers = [model.get_submodule(name) for name in names]
     modes = [(module, module.training) for module in model.modules()]
+    if world_size() > 1:
+        for layer in layers:
+            for value in layer.buffers():
+                dist.broadcast(value, 0)
     try:
         model.eval()
         for layer in layers:
@@ -120,15 +128,12 @@ def follow_statistics(model: nn.Module, names: Collection[str], run: Callable[[]
     finally:
         for module, training in modes:
             module.training = training
-    _share(layers)
 
 
-def _share(layers: Iterable[nn.Module]) -> None:
+def _share(layers: Iterable[_BatchNorm]) -> None:
     """The mean of all processes."""
-    if world_size() == 1:
-        return
     for layer in layers:
-        for name in _STATISTICS:
+        for name in STATISTICS:
             value = getattr(layer, name)
             value.copy_(all_reduce_sum(value) / world_size())
 
@@ -140,7 +145,7 @@ def _restore(layer: _BatchNorm, values: Mapping[str, Tensor]) -> None:
 
 def mixed_statistics(start: Mapping[str, Tensor], stop: Mapping[str, Tensor]) -> list[str]:
     """Keys of running statistics of batch normalisations that differ between two state dicts that are to be mixed."""
-    return [key for key in stop if key.rpartition(".")[2] in _STATISTICS and not torch.equal(start[key].to(stop[key]), stop[key])]
+    return [key for key in stop if key.rpartition(".")[2] in STATISTICS and not torch.equal(start[key].to(stop[key]), stop[key])]
 
 
 def warn_of_mixed_statistics(name: str, start: Mapping[str, Tensor], stop: Mapping[str, Tensor]) -> None:

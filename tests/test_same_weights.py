@@ -386,3 +386,15 @@ def test_nothing_is_said_where_training_mode_is_meant():
         known = teacher(batch)
     assert not heard(lambda: AverageVectorLoss()(encode(model, batch), known))
     assert len(heard(lambda: AverageVectorLoss()(encode(model, batch), teacher(batch)))) == 1
+
+
+@pytest.mark.parametrize("kind", ["frozen", "averaged", "cached"])
+def test_statistics_that_the_task_has_moved_are_no_mistake(tmp_path, kind):
+    """The batch of the task is seen in training mode, that of the terms in evaluation mode: the statistics moved in between."""
+    model, teacher, rows = built("batch normalisation")
+    batch = {"id": list(range(32)), "x": rows}
+    makers = {"frozen": Teacher, "averaged": Teacher.averaged}
+    teacher = makers[kind](model, in_dict) if kind in makers else cached(tmp_path, model, rows)
+    for _ in range(2):
+        in_dict(model.train(), {"x": 3 * rows + 1})
+        assert not heard(lambda: AverageVectorLoss()(in_dict(model.eval(), batch), teacher(batch)))
