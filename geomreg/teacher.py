@@ -468,9 +468,8 @@ class _Cached(Teacher):
             if modality not in cache.fingerprint:
                 raise ValueError(f"Teacher: expected a cache of {modality} embeddings, got {cache!r}. Build it with both modalities.")
         self.cache = cache
-        student = self._origin.model() if self._origin is not None else None
-        # in which precision the cache was built is not known
-        self._of_student = None if student is None else Agreement(student, self._agrees, HALF_ROUNDING)
+        student = None if self._origin is None else self._origin.model()
+        self._of_student = None if student is None else Agreement(student, self._agrees, HALF_ROUNDING)  # its precision is not known
         super(Teacher, self).train(False)
 
     @property

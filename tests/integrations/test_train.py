@@ -224,7 +224,7 @@ def pairs(start):
         yield {"image": torch.randn(6, 3, 32, 32, generator=generator), "text": torch.randint(1, 64, (6, 8), generator=generator)}
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.8])
+@pytest.mark.parametrize("decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_averaged_teacher_has_statistics_of_its_own(decay):
     """Those that its weights would have left behind on the same target batches; and the terms begin at 0."""
     one = resnet()
@@ -250,7 +250,7 @@ def test_averaged_teacher_has_statistics_of_its_own(decay):
     assert entries[-1]["avl"] > 1e-9 or decay == 0
 
 
-@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("chunk_size", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_terms_on_a_target_with_dropout_are_not_called_a_mistake(chunk_size):
     """Its loss needs training mode; the reference is embedded in evaluation mode and agrees."""
     torch.manual_seed(0)

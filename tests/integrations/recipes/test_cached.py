@@ -13,6 +13,7 @@ from PIL import Image
 from geomreg import EmbeddingCache, Teacher
 from geomreg.integrations.quickstart.experiment import model_folder
 from geomreg.integrations.recipes.cached import check_cached
+from geomreg.integrations.recipes.cli import _warnings_on_one_line
 from geomreg.integrations.recipes.data import CsvPairs, TarPairs, collate
 from geomreg.integrations.recipes.models import load
 from geomreg.integrations.recipes.train import encode
@@ -46,10 +47,15 @@ def built(path, loaded, data):
 
 
 def heard(call):
+    """Warnings of caches, each of which a command says in one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(one.message) for one in caught if "EmbeddingCache" in str(one.message)]
+    found = [one for one in caught if "EmbeddingCache" in str(one.message)]
+    with _warnings_on_one_line():
+        lines = [warnings.formatwarning(one.message, one.category, one.filename, one.lineno) for one in found]
+    assert all(line.startswith("geomreg: warning: EmbeddingCache: expected") and line.count("\n") == 1 for line in lines)
+    return [str(one.message) for one in found]
 
 
 def test_spelling_of_paths_is_nothing(emojiclip, images, tmp_path):

@@ -53,7 +53,7 @@ def assert_mixture(folder, ends, alpha, batches):
     assert far  # their mean would be another model's
 
 
-@pytest.mark.parametrize("average_every", [None, 2])
+@pytest.mark.parametrize("average_every", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_at_the_end_of_a_run(tmp_path, average_every):
     config = run_of(tmp_path, "csv", "batch_norm", "frozen")
     train = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, warmup_steps=1, workers=0, average_every=average_every)
@@ -87,7 +87,7 @@ def arguments(moved, out, *more):
     return ["ensemble", "--base", str(moved[0]), "--finetuned", str(moved[1]), "--output", str(out), "--device", "cpu", *more]
 
 
-@pytest.mark.parametrize("kind", ["csv", "folder", "tar"])
+@pytest.mark.parametrize("kind", ["csv", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("folder", "tar"))])
 def test_of_the_command(moved, tmp_path, kind, capsys):
     data = data_of_kind(tmp_path / "data", kind)
     given = ["--data.kind", kind, "--data.path", data.path, "--batch_size", "8", "--workers", "0", "--alpha", "[0.25, 0.5, 1.0]"]
