@@ -25,6 +25,7 @@ from geomreg.cache_build import (
     compare,
     described_view,
     embed_missing,
+    fingerprints_at,
     from_first_process,
     largest_difference,
     locked,
@@ -36,6 +37,8 @@ from geomreg.cache_build import (
     tidy,
 )
 from geomreg.checks import check_count, check_positive
+from geomreg.older_tables import warn_of_texts
+from geomreg.same_weights import Origin
 from geomreg.shards import Shard, Table, id_hashes
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
@@ -54,7 +57,11 @@ class EmbeddingCache:
 
     A cache holds one view for each sample. Augmented reference images need the teacher itself. Of texts that are token ids ``(B, L)`` at
     ``"text"`` the cache knows which ones it embedded: another text under the same id (another template, an edited caption) is an error,
-    never a wrong embedding. Images are known by their ids and the transform alone.
+    never a wrong embedding. Padding does not count: what fills a text up in a batch and not alone. Images are known by their ids, the
+    transform and what the data set says of how their files are read.
+
+    Caches of older versions are read. One whose texts were not noted says so once, when token ids are at hand, and is built anew by
+    :meth:`build`; one that does not say how image files were read stays if samples that are embedded anew are as stored, with a warning.
 
     Example:
         >>> import tempfile, torch
@@ -68,6 +75,7 @@ class EmbeddingCache:
 
     def __init__(self, path: Path, tables: dict[str, Table]) -> None:
         self.path, self._tables = path, tables
+        self.origin: Origin | None = None  # a model that is known to embed so
 
     # reading
 
@@ -105,6 +113,13 @@ class EmbeddingCache:
             if views[modality] is not None:
                 expected[VIEW[modality]] = described_view(modality, views[modality])
             compare(self.path, modality, fingerprint, expected)
+        if teacher is not None:
+            self._remember(teacher)
+
+    def _remember(self, teacher: Teacher) -> None:
+        """The model that a teacher with these weights was made from."""
+        agreement = getattr(teacher, "_agreement", None)
+        self.origin = None if agreement is None else agreement.origin()
 
     @property
     def fingerprint(self) -> dict[str, dict[str, str]]:
@@ -128,7 +143,7 @@ class EmbeddingCache:
             ids: B sample ids: whole numbers or strings; a tensor of integers is read as such.
             modalities: what is read; by default all that the cache has.
             text: ``(B, L)`` token ids of the samples' texts, if they are at hand: compared with those that were embedded, where texts are
-                read. Zeros at the end do not count.
+                read. Padding does not count.
 
         Returns:
             :class:`Embeddings` of ``(B, D)`` fp32 tensors on the CPU; None for what is not read.
@@ -151,7 +166,7 @@ class EmbeddingCache:
                     f"EmbeddingCache: expected ids of {table.folder}, got {len(absent)} of {len(known)} that it lacks: {shown}. Build the "
                     "cache over all reference data; an id's type counts (7 is not '7')."
                 )
-            if modality == "text" and (views := text_views({"text": text}, len(known))) is not None:
+            if modality == "text" and (views := text_views({"text": text}, len(known), table.padding)) is not None:
                 _check_views(table, known, rows, views)
             found[modality] = torch.from_numpy(table.read(rows)).float()
         return Embeddings(**found)
@@ -200,7 +215,7 @@ class EmbeddingCache:
         check_count("EmbeddingCache.verify", "n", n, 1)
         check_positive("EmbeddingCache.verify", "tolerance", tolerance)
         source = Source("EmbeddingCache.verify", teacher, dataset, **loading)
-        expected = source.fingerprints(modalities_of(source.probe()))
+        expected = source.fingerprints(modalities_of(source.probe()), self.fingerprint)
         shared = tuple(modality for modality in self._tables if modality in expected)
         if not shared:
             raise ValueError(
@@ -263,7 +278,9 @@ class EmbeddingCache:
             teacher: a frozen copy, or a student with its adapters off; not an averaged one, which moves.
             dataset: of known length, whose samples are dicts with an ``"id"`` (whole number or string, each once) and what
                 ``teacher.encode`` takes. May have ``ids`` (of all samples: then checked before anything is embedded),
-                ``transform``, ``tokenizer``, and ``fingerprint`` (a string, or one for each modality, that changes with the content).
+                ``transform``, ``tokenizer``, ``fingerprint`` (a string, or one for each modality, that changes with the content), and
+                ``loading`` (a string that changes with how image files become what ``transform`` gets); and ``same_files(digest)``,
+                whether another image fingerprint is of the same files.
             path: folder to build in.
             dtype: ``torch.float32``, or ``torch.float16`` for half the size (0.9 % error on the average vector loss at a drift of 0.3 %).
             preprocessing: the transform of the images, or a string that names it; by default ``dataset.transform``.
@@ -298,7 +315,7 @@ class EmbeddingCache:
                 kind = {"dtype": str(dtype).removeprefix("torch."), "shard_rows": shard_rows}
                 builds = [
                     TableBuild(path, {"modality": modality, "fingerprint": fingerprint, **kind}, source)
-                    for modality, fingerprint in source.fingerprints(modalities_of(probe)).items()
+                    for modality, fingerprint in source.fingerprints(modalities_of(probe), fingerprints_at(path)).items()
                 ]
                 check_together(path, {one.modality: one.description["fingerprint"] for one in builds})
             with agreed():  # apart: it is a collective, which a process with an error above does not reach
@@ -307,7 +324,7 @@ class EmbeddingCache:
             with agreed():
                 if rank_of_process() == 0:
                     writable = held.enter_context(locked(path))
-                    todo = [one for one in builds if not one.finished(probe)]
+                    todo = [one for one in builds if not one.finished(probe) and (writable or not one.readable)]
                     if todo and not writable:
                         raise OSError(f"{name}: expected a folder that can be written, got {path}: {todo[0].modality} is to be built anew.")
                     for one in todo:
@@ -327,16 +344,21 @@ class EmbeddingCache:
                         publish(path, todo)
                         tidy(path)
             with agreed():
-                return cls.open(path)
+                cache = cls.open(path)
+        cache._remember(teacher)
+        return cache
 
 
 def _check_views(table: Table, ids: list[Any], rows: NDArray[np.int64], views: NDArray[np.uint64]) -> None:
+    warned = table.unknown_views
     if (other := np.flatnonzero(table.other_views(rows, views))).size:
         raise ValueError(
             f"EmbeddingCache: expected the texts that {table.folder} was built from, got another for {other.size} of {len(ids)} samples: "
             f"{', '.join(repr(ids[k]) for k in other[:3])}. Show the text that was embedded (template, caption, tokenizer), or use the "
             "teacher itself."
         )
+    if table.unknown_views and not warned:
+        warn_of_texts(table.folder)
 
 
 def _opened_again(path: Path, folders: dict[str, str]) -> EmbeddingCache:

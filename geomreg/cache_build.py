@@ -24,11 +24,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from geomreg.checks import check_count, describe
 from geomreg.locking import Lock
+from geomreg.older_tables import LOADING, said_of_loading
 from geomreg.shards import DTYPES, Shard, Table, damaged, id_hashes, read_json, shard_name, write_file, write_index, write_json, write_shard
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 from geomreg.units import size_text
-from geomreg.views import text_views
+from geomreg.views import Padding, most_padded, padding_between, text_views, told_padding
 
 __all__ = [
     "BF16",
@@ -43,6 +44,7 @@ __all__ = [
     "compare",
     "described_view",
     "embed_missing",
+    "fingerprints_at",
     "from_first_process",
     "largest_difference",
     "locked",
@@ -100,6 +102,9 @@ class Source:
             "image": preprocessing if preprocessing is not None else getattr(dataset, "transform", None),
             "text": tokenizer if tokenizer is not None else getattr(dataset, "tokenizer", None),
         }
+        self.padding, self.ragged = told_padding(self.views["text"]), False  # whether batches pad to their longest text
+        self.parts: list[list[int]] = []  # samples of the probe
+        self.viewed: NDArray[np.uint64] | None = None  # of the probe, where texts can be told apart
         self.ids: list[Any] | None = None
         if getattr(dataset, "ids", None) is not None:
             self.ids = dataset.ids.tolist() if isinstance(dataset.ids, (Tensor, np.ndarray)) else list(dataset.ids)
@@ -125,7 +130,8 @@ class Source:
     def probe(self) -> tuple[list[Any], Embeddings]:
         """Ids and embeddings of a few samples, after a look at whether loading and encoding give the same again."""
         rows = sorted(set(np.linspace(0, self.length - 1, _PROBE, dtype=int).tolist()))
-        parts = [rows[k::4] for k in range(4) if rows[k::4]]
+        parts = self.parts = [rows[k::4] for k in range(4) if rows[k::4]]
+        padding = None
         for part in parts:
             first, second = self.batch(part), self.batch(part)
             for key, value in first.items():
@@ -135,10 +141,13 @@ class Source:
                         "cache holds one view of each sample: take out random crops, flips and templates (use the evaluation "
                         "transform), or keep the teacher itself."
                     )
+            padding = padding or self._padding(part, first)
+        self.padding, self.ragged = padding or self.padding, padding is not None
         batch = self.batch(parts[0])
         (ids, once), (_, twice) = self.encoded(batch), self.encoded(batch)
         if not ids:
             raise ValueError(f"{self.name}: expected samples that can be read, got none among the first looked at. Check the paths.")
+        self.viewed = text_views(batch, len(ids), self.padding)
         listed = None if self.ids is None else [self.ids[row] for row in parts[0]]
         if listed is not None and not set(ids) <= set(listed):
             raise ValueError(
@@ -153,6 +162,15 @@ class Source:
                 )
         return ids, once
 
+    def _padding(self, part: list[int], batch: Mapping[str, Any]) -> Padding | None:
+        """What fills texts up in a batch and not alone, if anything does; of what is padded most."""
+        if len(batch["id"]) < len(part):  # samples were left out: it is not known which
+            return None
+        for row in most_padded(batch) if len(part) > 1 else ():
+            if (found := padding_between(batch, row, self.batch([part[row]]))) is not None:
+                return found
+        return None
+
     def embedded(self, batches: list[list[int]]) -> Iterator[tuple[list[Any], Embeddings, NDArray[np.uint64] | None]]:
         """Ids, embeddings (fp32 or fp16 on the CPU) and views of the texts of each batch of sample numbers."""
         loader = DataLoader(
@@ -164,7 +182,7 @@ class Source:
         )
         for batch in loader:
             ids, embeddings = self.encoded(self._checked(batch))
-            yield ids, embeddings, text_views(batch, len(ids)) if ids else None
+            yield ids, embeddings, text_views(batch, len(ids), self.padding) if ids else None
 
     def encoded(self, batch: Mapping[str, Any]) -> tuple[list[Any], Embeddings]:
         """Ids and embeddings of a batch; fp32 or fp16 on the CPU."""
@@ -195,8 +213,9 @@ class Source:
             raise ValueError(f"{self.name}: expected image or text embeddings from the teacher, got None for both. Embed at least one.")
         return ids, Embeddings(**found)
 
-    def fingerprints(self, unit: Mapping[str, bool]) -> dict[str, dict[str, str]]:
-        """For each modality what its embeddings come from."""
+    def fingerprints(self, unit: Mapping[str, bool], stored: Mapping[str, Mapping[str, str]] | None = None) -> dict[str, dict[str, str]]:
+        """For each modality what its embeddings come from; of a data set that differs from that of a table which is ``stored`` in how
+        file names are written alone, as there."""
         weights = self.teacher.fingerprint()
         content = getattr(self.dataset, "fingerprint", None)
         if content is not None and not isinstance(content, (str, Mapping)):
@@ -212,7 +231,17 @@ class Source:
                 "normalisation": "unit" if normalized else "none",
                 "data set": ", ".join(filter(None, (f"{self.length} samples", ids and f"ids {ids}", data and f"content {data}"))),
             }
+            if modality == "image" and (loading := getattr(self.dataset, LOADING, None)) is not None:
+                found[modality][LOADING] = str(loading)
+            there = (stored or {}).get(modality, {}).get("data set")
+            if modality == "image" and there is not None and self._same_files(found[modality]["data set"], there):
+                found[modality]["data set"] = there
         return found
+
+    def _same_files(self, now: str, there: str) -> bool:
+        (head, _, content), (head_there, _, content_there) = (text.partition(", content ") for text in (now, there))
+        same = getattr(self.dataset, "same_files", None)
+        return head == head_there and content != content_there and same is not None and bool(same(content_there))
 
 
 class _Named(Dataset[Any]):
@@ -235,6 +264,7 @@ class TableBuild:
     def __init__(self, path: Path, description: dict[str, Any], source: Source, name: str = "") -> None:
         self.path, self.modality, self.description, self.source = path, description["modality"], description, source
         self.name = name
+        self.readable = False  # the published table is right as far as it says, but of an older version
         self.again: set[int] = set()  # shards of a published table in which samples can be read that could not be
         self.numbers = range(-(-source.length // description["shard_rows"]))
 
@@ -250,23 +280,63 @@ class TableBuild:
 
     def finished(self, probe: tuple[list[Any], Embeddings]) -> bool:
         """Whether the published table is this one, to the embeddings of the probe; chooses the name."""
-        key = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:12]
-        self.name, other = f"{self.modality}-{key}", f"{self.modality}-{key}-2"
-        if (current := published(self.path).get(self.modality)) not in (self.name, other):
+        self.name, other = self._names(self.description)
+        current = published(self.path).get(self.modality)
+        if LOADING in self.description["fingerprint"] and current in self._names(self._without_loading()):
+            return self._older_stays(current)
+        if current not in (self.name, other):
             return False
         try:
             table = Table.open(self.path / current)
             rows = table.find(id_hashes(self.source.name, probe[0]))
             stored = torch.from_numpy(table.read(rows)).float() if (rows >= 0).all() else None
+            knows_texts = self.modality != "text" or self.source.viewed is None or self._knows_texts(table)
         except RuntimeError:  # to be mended
             self.name = current
             return False
         if stored is None or largest_difference(stored, getattr(probe[1], self.modality))[0] > TOLERANCE:
             self.name = other if current == self.name else self.name  # other samples, encode or precision: beside the old one
             return False
+        if not knows_texts:
+            self.name, self.readable = other if current == self.name else self.name, True
+            return False
         self.name = current
         self.again = self._readable_now(table) if table.description.get("skipped") else set()
         return not self.again
+
+    def _knows_texts(self, table: Table) -> bool:
+        """Every shard does, so that the same text is the same in any batch."""
+        return table.has_views() and (not self.source.ragged or table.padding == self.source.padding)
+
+    def _names(self, description: Mapping[str, Any]) -> tuple[str, str]:
+        """Of a folder, and of the one that takes its place if it holds something else."""
+        key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.modality}-{key}", f"{self.modality}-{key}-2"
+
+    def _without_loading(self) -> dict[str, Any]:
+        """As older versions described this table."""
+        fingerprint = {part: value for part, value in self.description["fingerprint"].items() if part != LOADING}
+        return {**self.description, "fingerprint": fingerprint}
+
+    def _older_stays(self, current: str) -> bool:
+        """Of a table that does not say how image files were read: all samples of the probe are stored as they are embedded now."""
+        try:
+            table = Table.open(self.path / current)
+            for part in self.source.parts:
+                ids, embeddings = self.source.encoded(self.source.batch(part))
+                rows = table.find(id_hashes(self.source.name, ids))
+                if (rows < 0).any() or (ids and self._apart(table, rows, embeddings)):
+                    return False
+        except RuntimeError:
+            return False
+        if table.description.get("skipped") and self._readable_now(table):
+            return False
+        self.name = current
+        return said_of_loading(self.path, None, self.description["fingerprint"][LOADING])
+
+    def _apart(self, table: Table, rows: NDArray[np.int64], embeddings: Embeddings) -> bool:
+        stored = torch.from_numpy(table.read(rows)).float()
+        return largest_difference(stored, getattr(embeddings, self.modality))[0] > TOLERANCE
 
     def _readable_now(self, table: Table) -> set[int]:
         """Shards with samples that were left out and can be read now."""
@@ -298,11 +368,12 @@ class TableBuild:
     def _still_right(self, number: int, probe: tuple[list[Any], Embeddings]) -> bool:
         """The first sample of a shard, and those of the probe in it, are stored as the teacher sees them now; a shard that cannot be read
         is removed."""
-        first = self.source.encoded(self.source.batch([number * self.description["shard_rows"]]))  # its errors are not the shard's
+        batch = self.source.batch([number * self.description["shard_rows"]])
+        first = self.source.encoded(batch)  # its errors are not the shard's
         try:
             shard = Shard(self.partial, number)
-            hashes = shard.hashes()
-            shard.ids(), shard.views()  # raise if damaged
+            hashes, views = shard.hashes(), shard.views()
+            shard.ids()  # raises if damaged
             if not len(shard):
                 return True
             for (ids, embeddings), all_there in ((first, True), (probe, False)):
@@ -320,6 +391,11 @@ class TableBuild:
                 new = getattr(embeddings, self.modality)[torch.from_numpy(here)][torch.from_numpy(np.argsort(at[here]))]
                 if largest_difference(torch.from_numpy(stored).float(), new)[0] > TOLERANCE:
                     return False
+            if self.modality == "text" and (viewed := self.source.viewed) is not None:
+                of_first = text_views(batch, len(first[0]), self.source.padding)
+                now = viewed[here] if of_first is None else np.concatenate([of_first, viewed[here]])
+                if views is None or not np.isin(now, views).all():  # of an older version, or padded otherwise
+                    (self.partial / shard_name(number)).unlink()
         except RuntimeError:
             (self.partial / shard_name(number)).unlink()
         return True
@@ -338,7 +414,8 @@ class TableBuild:
         if not filled:
             raise ValueError(f"{self.source.name}: expected samples that can be read, got none of {self.source.length}. Check the paths.")
         skipped = self.source.length - sum(len(Shard(self.partial, number)) for number in filled)
-        write_index(self.partial, filled, {**self.description, "skipped": skipped})
+        padding = {"padding": list(self.source.padding)} if self.modality == "text" and self.source.viewed is not None else {}
+        write_index(self.partial, filled, {**self.description, "skipped": skipped, **padding})
         os.replace(self.partial, self.folder)
         return skipped
 
@@ -602,6 +679,15 @@ def published(path: Path) -> dict[str, str]:
     return tables
 
 
+def fingerprints_at(path: Path) -> dict[str, dict[str, str]]:
+    """Of the finished tables; without those that are damaged, which are built anew."""
+    found = {}
+    for modality, folder in published(path).items():
+        with suppress(RuntimeError):
+            found[modality] = dict(read_json(path / folder / "table.json")["fingerprint"])
+    return found
+
+
 def check_together(path: Path, fingerprints: Mapping[str, Mapping[str, str]]) -> None:
     """Tables that stay must be by the same teacher as those that are built."""
     for modality, folder in published(path).items():
@@ -612,7 +698,7 @@ def check_together(path: Path, fingerprints: Mapping[str, Mapping[str, str]]) ->
 
 def compare(path: Path, modality: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
     for part, value in expected.items():
-        if found.get(part) != value:
+        if not said_of_loading(path, found.get(part), value) if part == LOADING else found.get(part) != value:
             raise ValueError(
                 f"EmbeddingCache: expected the {modality} table of {path} to be built with {part} {value!r}, got {found.get(part)!r}. "
                 "Build it again with what you use now, or use what it was built with."

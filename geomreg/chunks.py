@@ -14,12 +14,14 @@ class SeparablePass:
 
     Attributes:
         rows: samples of this process's whole batch.
+        held: which of them the chunk has for which the loss is called.
         weight: what a mean over these weighs beside those of the other processes; None until a term asks for it.
         trial: the loss is called to look at its value alone: nothing that a term collects may count it.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows, self.trial = rows, False
+        self.held = slice(0, rows)
         self.weight: Tensor | None = None
 
 

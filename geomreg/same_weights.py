@@ -3,21 +3,31 @@
 Dropout in the student, another view of the batch, other preprocessing or another precision make every term start far from 0 and fit
 noise. A :class:`geomreg.Teacher` knows the model that it was made from, so it marks the embeddings of its first calls; the first term
 that compares them with embeddings of that very model says what it finds. No forward pass, no random number and no collective is added.
+
+What is seen: whole batches, chunks of ``backward(separable=True)`` whose teacher's rows are those of the chunk, other chunked steps at the
+teacher's next call, and cached teachers whose cache was opened or built with a teacher that was made from the student. What is not seen,
+and never said wrongly: other rows of a teacher's embeddings, a cache that was opened without its teacher, weights that are sharded over
+processes (FSDP2), running statistics that a batch of the task has moved, compiled terms, and the terms on a target batch in a run of the
+recipes, which is in training mode on purpose.
 """
 
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from geomreg.chunks import current_pass
+from geomreg.statistics import STATISTICS
 from geomreg.types import Embeddings
 
-__all__ = ["Agreement", "compare", "same_parameters"]
+__all__ = ["Agreement", "Origin", "compare", "same_parameters", "uncompared"]
 
 ROUNDING = 3e-3  # relative distance of embeddings that other kernels or TF32 leave
 HALF_ROUNDING = 3e-2  # of bf16 and fp16
@@ -28,6 +38,7 @@ RATES = (  # attributes in which modules keep the rate of their noise
 Mark = tuple["weakref.ref[Tensor]", "weakref.ref[Agreement]", str]
 
 _marks: list[Mark] = []  # of the teachers' embeddings that are still to be compared
+_UNCOMPARED: ContextVar[bool] = ContextVar("geomreg_uncompared", default=False)
 
 
 class Agreement:
@@ -36,23 +47,30 @@ class Agreement:
     Args:
         student: held weakly.
         equal: a method of the teacher, held weakly too: ``equal(student)``, both give the same embeddings by their weights.
+        rounding: relative distance of embeddings that is none.
     """
 
-    def __init__(self, student: nn.Module, equal: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, student: nn.Module, equal: Callable[[nn.Module], bool], rounding: float = ROUNDING) -> None:
         self._student: Callable[[], nn.Module | None] = weakref.ref(student)
         self._equal: Callable[[], Callable[[nn.Module], bool] | None] = weakref.WeakMethod(equal)
-        self._open = True
+        self._open, self._rounding = True, rounding
         self._version: int | None = None
         self._compared = False
         self._pending: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or one that is read from a file, knows no student."""
-        return {"_student": _nothing, "_equal": _nothing, "_open": False, "_version": None, "_compared": True, "_pending": None}
+        state = {"_student": _nothing, "_equal": _nothing, "_open": False, "_rounding": self._rounding}
+        return {**state, "_version": None, "_compared": True, "_pending": None}
+
+    def origin(self) -> "Origin | None":
+        """The student as it is now, if it still has the teacher's weights."""
+        student = self._student()
+        return None if student is None or not self._still_equal(student) else Origin(student)
 
     def mark(self, embeddings: Embeddings) -> None:
         """Of the teacher, as they are made: to be compared, if the student still has its weights."""
-        if not self._open or torch.compiler.is_compiling():
+        if not self._open or _UNCOMPARED.get() or torch.compiler.is_compiling():
             return
         student = self._student()
         moved = student is None or self._version not in (None, _version(student))
@@ -75,6 +93,13 @@ class Agreement:
         self._open, self._pending = False, None
         _forget(self)
 
+    def _statistics_moved(self, student: nn.Module) -> bool:
+        """Running statistics of batch normalisations are no longer the teacher's."""
+        teacher = getattr(getattr(self._equal(), "__self__", None), "model", None)
+        held = {} if teacher is None else dict(teacher.named_buffers())
+        pairs = ((value, held.get(name)) for name, value in student.named_buffers() if name.rpartition(".")[2] in STATISTICS)
+        return any(other is not None and not torch.equal(value, other.to(value)) for value, other in pairs)
+
     def _still_equal(self, student: nn.Module) -> bool:
         equal = self._equal()
         return equal is not None and equal(student)
@@ -91,8 +116,11 @@ class Agreement:
         with torch.no_grad():
             apart = float((student.float() - teacher.float()).norm() / teacher.float().norm())
         half = any(value.dtype in (torch.bfloat16, torch.float16) for value in (student, teacher, *model.parameters()))
-        tolerance = HALF_ROUNDING if half or torch.is_autocast_enabled(student.device.type) else ROUNDING
+        tolerance = HALF_ROUNDING if half or torch.is_autocast_enabled(student.device.type) else self._rounding
         if not apart > tolerance or not self._still_equal(model):
+            return
+        if not _noise(model) and self._statistics_moved(model):  # by a batch of the task, as they should
+            self.close()
             return
         message = _message(field, apart, model)
         if student.grad_fn is None:  # a leaf of a chunked step does not say whose it is
@@ -107,12 +135,43 @@ def compare(student: Tensor, teacher: Tensor) -> None:
     if torch.compiler.is_compiling() or not _marks:
         return
     for mark in list(_marks):
-        agreement = mark[1]()
-        if mark[0]() is teacher and agreement is not None:
+        known, agreement = mark[0](), mark[1]()
+        if agreement is not None and known is not None and (known is teacher or _of_chunk(known, teacher)):
             agreement.found(mark[2], student, teacher)
             if student.requires_grad:
                 _marks[:] = [other for other in _marks if other is not mark]
             return
+
+
+class Origin:
+    """A model, held weakly, whose weights were seen to be those of some embeddings."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._version = _version(model) + _counted(model)
+
+    def unmoved(self, model: nn.Module) -> bool:
+        """It is this one, with the weights and running statistics that it had."""
+        return self.model() is model and _version(model) + _counted(model) == self._version
+
+
+@contextmanager
+def uncompared() -> Iterator[None]:
+    """Within, teachers mark nothing: the student is in training mode on purpose."""
+    token = _UNCOMPARED.set(True)
+    try:
+        yield
+    finally:
+        _UNCOMPARED.reset(token)
+
+
+def _of_chunk(known: Tensor, teacher: Tensor) -> bool:
+    """Whether a loss that is called for a chunk has taken the rows of this chunk from the embeddings of the batch."""
+    current = current_pass()
+    if current is None or current.trial or len(known) != current.rows or (known.dtype, known.device) != (teacher.dtype, teacher.device):
+        return False
+    rows = known[current.held]
+    return rows.shape == teacher.shape and torch.equal(rows, teacher)
 
 
 def same_parameters(one: nn.Module, two: nn.Module) -> bool:
@@ -138,6 +197,12 @@ def _forget(agreement: Agreement) -> None:
 def _version(model: nn.Module) -> int:
     """Rises with every change in place."""
     return sum(value._version for value in model.parameters() if not value.is_inference())
+
+
+def _counted(model: nn.Module) -> int:
+    """Rises with every batch that a batch normalisation counts."""
+    counts = (value for name, value in model.named_buffers() if name.rpartition(".")[2] == "num_batches_tracked")
+    return sum(value._version for value in counts if not value.is_inference())
 
 
 def _reaches(value: Tensor, model: nn.Module) -> bool:

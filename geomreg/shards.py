@@ -27,6 +27,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from geomreg.units import size_text
+from geomreg.views import Padding
 
 __all__ = [
     "FORMAT",
@@ -262,9 +263,14 @@ class Shard:
             raise damaged(self.path, f"unreadable ids ({error})") from error
         return found
 
+    @property
+    def has_views(self) -> bool:
+        """Whether it knows what was embedded."""
+        return "views" in self._tensors
+
     def views(self) -> NDArray[np.uint64] | None:
         """``(N,)`` hashes of what was embedded; None where a shard has none."""
-        if "views" not in self._tensors:
+        if not self.has_views:
             return None
         value, of_views = self._array("views"), self._array("of_views")
         if value.shape != (self._rows,) or len(of_views) != 1 or zlib.crc32(value.tobytes()) != of_views[0]:
@@ -334,6 +340,7 @@ class Table:
     ends: NDArray[np.int64]
     shards: dict[int, Shard] = field(default_factory=dict)
     of_shards: dict[int, NDArray[np.uint64] | None] = field(default_factory=dict)  # views, read once
+    unknown_views: bool = False  # some were asked for that it does not have
 
     @classmethod
     def open(cls, folder: Path) -> "Table":
@@ -394,10 +401,22 @@ class Table:
             entry = self.description["shards"][k]
             if k not in self.of_shards:
                 self.of_shards[k] = self._shard(entry["number"], entry["rows"]).views()
-            if (stored := self.of_shards[k]) is not None:
-                (places,) = np.nonzero(of == k)
-                found[places] = stored[rows[places] - (int(self.ends[k]) - entry["rows"])] != views[places]
+            if (stored := self.of_shards[k]) is None:
+                self.unknown_views = True
+                continue
+            (places,) = np.nonzero(of == k)
+            found[places] = stored[rows[places] - (int(self.ends[k]) - entry["rows"])] != views[places]
         return found
+
+    def has_views(self) -> bool:
+        """Whether every shard knows what was embedded."""
+        entries = self.description["shards"]
+        return all(self._shard(entry["number"], entry["rows"]).has_views for entry in entries)
+
+    @property
+    def padding(self) -> Padding:
+        """Of the texts behind the views."""
+        return Padding(*self.description.get("padding", Padding()))
 
     def _shard(self, number: int, rows: int) -> Shard:
         if number not in self.shards:

@@ -2,24 +2,26 @@
 
 A mean of weights has other activations than either model. Three rules, one for each way to average:
 
-- the mean at the end of a run (``average_every``) has them collected anew by :func:`recompute_statistics`: the data are there;
-- an averaged teacher and :func:`geomreg.interpolate` know no data: they average them and warn, so that the caller collects them anew
-  with the same function.
+- the mean at the end of a run (``average_every``) and its ensemble have them collected anew by :func:`recompute_statistics`: the data
+  are there, and ``geomreg ensemble`` asks for some;
+- an averaged teacher that is shown the student's batches (:meth:`geomreg.Teacher.follow`, as in a run) has them follow its own weights;
+- without data an averaged teacher and :func:`geomreg.interpolate` average them and warn, so that the caller collects them anew.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from geomreg.distributed import all_reduce_sum, world_size
 
-__all__ = ["moving_statistics", "recompute_statistics", "warn_of_mixed_statistics"]
+__all__ = ["STATISTICS", "follow_statistics", "mixed_statistics", "moving_statistics", "recompute_statistics", "warn_of_mixed_statistics"]
 
-_STATISTICS = ("running_mean", "running_var")
+STATISTICS = ("running_mean", "running_var")
 
 
 def moving_statistics(model: nn.Module) -> list[str]:
@@ -33,17 +35,26 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def recompute_statistics(model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], object]) -> int:
+def recompute_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], object],
+    *,
+    names: Collection[str] | None = None,
+    alone: bool = False,
+) -> int:
     """Running statistics of all batch normalisations as a pass over ``batches`` with the present weights has them.
 
     Each is the mean of the batches' statistics, over all processes if there are several: then every one calls this, with equally many
     batches. All else is in evaluation mode for the pass. ``num_batches_tracked`` counts the batches of this process. Modes and momenta are
-    as before afterwards; a model without running statistics is not run.
+    as before afterwards; a model without running statistics is not run, and a layer that ``run`` does not reach keeps its own.
 
     Args:
         model: whose statistics are replaced.
         batches: training data, as many batches as a stable mean takes.
         run: ``run(model, batch)``, a forward pass through all that is to be measured.
+        names: of the batch normalisations that are meant, as :meth:`torch.nn.Module.named_modules` has them; by default all.
+        alone: one process of several calls this, and counts its own batches.
 
     Returns:
         The number of batches.
@@ -59,10 +70,11 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], run: Callable
         >>> model.running_mean
         tensor([2.])
     """
-    layers = _layers(model)
+    meant = None if names is None else {id(module) for name, module in model.named_modules() if name in names}
+    layers = [layer for layer in _layers(model) if meant is None or id(layer) in meant]
     if not layers:
         return 0
-    before = [{name: getattr(layer, name).clone() for name in (*_STATISTICS, "num_batches_tracked")} for layer in layers]
+    before = [{name: getattr(layer, name).clone() for name in (*STATISTICS, "num_batches_tracked")} for layer in layers]
     modes, momenta = [(module, module.training) for module in model.modules()], [layer.momentum for layer in layers]
     count = 0
     try:
@@ -79,27 +91,66 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], run: Callable
             module.training = training
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        if not count:
-            _restore(layers, before)
+        passed_over = [not count or layer.num_batches_tracked == 0 for layer in layers]
+        for layer, values, unchanged in zip(layers, before, passed_over, strict=True):
+            if unchanged:
+                _restore(layer, values)
     if not count:
         raise ValueError("recompute_statistics: expected batches of training data, got none. Pass a few.")
-    for layer in layers:
-        for name in _STATISTICS:
-            value = getattr(layer, name)
-            value.copy_(all_reduce_sum(value) / world_size())
+    if not alone:
+        _share(layers)
     return count
 
 
-def _restore(layers: list[_BatchNorm], before: list[dict[str, Tensor]]) -> None:
-    for layer, values in zip(layers, before, strict=True):
-        for name, value in values.items():
-            getattr(layer, name).copy_(value)
+@torch.no_grad()
+def follow_statistics(model: nn.Module, names: Collection[str], run: Callable[[], object]) -> None:
+    """Let the named batch normalisations see one batch in training mode, all else in evaluation mode.
+
+    Several processes begin with the first one's statistics, and each goes on with its own batch: as DistributedDataParallel does with
+    those of the student.
+
+    Args:
+        model: whose running statistics move, each by its own momentum.
+        names: as :func:`moving_statistics` gives them.
+        run: a forward pass of the batch.
+    """
+    layers = [model.get_submodule(name) for name in names]
+    modes = [(module, module.training) for module in model.modules()]
+    if world_size() > 1:
+        for layer in layers:
+            for value in layer.buffers():
+                dist.broadcast(value, 0)
+    try:
+        model.eval()
+        for layer in layers:
+            layer.train()
+        run()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _share(layers: Iterable[_BatchNorm]) -> None:
+    """The mean of all processes."""
+    for layer in layers:
+        for name in STATISTICS:
+            value = getattr(layer, name)
+            value.copy_(all_reduce_sum(value) / world_size())
+
+
+def _restore(layer: _BatchNorm, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        getattr(layer, name).copy_(value)
+
+
+def mixed_statistics(start: Mapping[str, Tensor], stop: Mapping[str, Tensor]) -> list[str]:
+    """Keys of running statistics of batch normalisations that differ between two state dicts that are to be mixed."""
+    return [key for key in stop if key.rpartition(".")[2] in STATISTICS and not torch.equal(start[key].to(stop[key]), stop[key])]
 
 
 def warn_of_mixed_statistics(name: str, start: Mapping[str, Tensor], stop: Mapping[str, Tensor]) -> None:
     """Warn where two state dicts to be mixed have different running statistics of batch normalisations."""
-    different = [key for key in stop if key.rpartition(".")[2] in _STATISTICS and not torch.equal(start[key].to(stop[key]), stop[key])]
-    if different:
+    if different := mixed_statistics(start, stop):
         warnings.warn(
             f"{name}: expected equal running statistics of batch normalisations, got different ones in {different[0]!r}"
             f"{f' and {len(different) - 1} more' if len(different) > 1 else ''}. Their mean is that of no model: load the result and call "

@@ -342,6 +342,7 @@ def _separable(
             if chunk.idle:
                 loss = _nothing(embeddings)
             else:
+                one_pass.held = slice(chunk.start, chunk.start + len(index))
                 with separable_pass(one_pass):
                     loss = share * check_scalar("backward", loss_fn(embeddings, index))
             _check_reached(loss, embeddings)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_count, check_fraction, check_modalities, check_returned, describe
-from geomreg.same_weights import Agreement, same_parameters
+from geomreg.same_weights import HALF_ROUNDING, Agreement, Origin, same_parameters
 from geomreg.schedules import Schedule
-from geomreg.statistics import moving_statistics
+from geomreg.statistics import follow_statistics, moving_statistics
 from geomreg.types import Embeddings
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Teacher(nn.Module):
     term starts far from 0 and fits that noise. Embed the batch of the terms with ``student.eval()`` (gradients flow all the same), or set
     the rates to 0; the batch of the task may keep its dropout. Another view of the batch, other preprocessing and another precision do
     the same. The first term that compares embeddings of a student that still has the weights of this teacher warns of it, once; a student
-    that is another model, or has moved, is left alone, and so are cached teachers and weights that are sharded over processes.
+    that is another model, or has moved, is left alone, and so are weights that are sharded over processes, and cached teachers but for
+    those whose cache was opened or built with a teacher made from the student.
 
     Args:
         model: any ``nn.Module``; copied, never changed.
@@ -105,8 +106,8 @@ class Teacher(nn.Module):
 
         Unlike a frozen copy it is saved: ``state_dict`` holds the average, in fp32 or wider even of a bf16 model, and the number of steps.
         Buffers that are not floating point are the student's. Running statistics of batch normalisations are averaged too, and are not
-        those of the averaged weights: the first :meth:`step` warns where they move, :func:`geomreg.recompute_statistics` on
-        ``teacher.model`` collects them anew.
+        those of the averaged weights: the first :meth:`step` warns where they move. Show the teacher the student's batches by
+        :meth:`follow`, and they are its own, or collect them anew by :func:`geomreg.recompute_statistics` on ``teacher.model``.
 
         Args:
             model: the student; the average starts as a copy of it.
@@ -163,6 +164,18 @@ class Teacher(nn.Module):
 
     def step(self) -> None:
         """After each optimizer step that was not skipped: moves an averaged teacher, nothing else."""
+
+    def follow(self, batch: Any, student: nn.Module | None = None) -> None:
+        """In each step before :meth:`step`: the running statistics of an averaged teacher's batch normalisations move with the batch on
+        which the student is trained, as the student's do, by a forward pass without gradient. They are then not averaged.
+
+        Layers that are in evaluation mode in the student, models without running statistics and other kinds of teachers cost nothing and
+        stay as they are. All processes call it together.
+
+        Args:
+            batch: what ``encode`` takes.
+            student: whose modes count; by default the model that the teacher was made from.
+        """
 
     def forward(self, batch: Any) -> Embeddings:
         with torch.no_grad():
@@ -360,6 +373,7 @@ class _Averaged(Teacher):
         check_count("Teacher", "every", every, 1)
         self.decay, self.every, self._steps, self._warned = decay, every, 0, False
         self._student = (model,)
+        self._followed: set[str] = set()  # running statistics that are the teacher's own
         self._exact = {  # bf16 and fp16 would round small movements away
             name: value.detach().float().clone()
             for name, value in _named_tensors(self.model)
@@ -370,13 +384,24 @@ class _Averaged(Teacher):
         raise ValueError("Teacher: expected a teacher that stays as it is, got an averaged one. Its embeddings cannot be cached.")
 
     @torch.no_grad()
+    def follow(self, batch: Any, student: nn.Module | None = None) -> None:
+        if not (names := moving_statistics(self._student[0] if student is None else student)):
+            return
+        follow_statistics(self.model, names, lambda: self.encode(self.model, batch))
+        for name in names:
+            for key, value in self.model.get_submodule(name).named_buffers():
+                self._followed.add(full := f"{name}.{key}".lstrip("."))
+                if full in self._exact:
+                    self._exact[full] = value.float().clone()
+
+    @torch.no_grad()
     def step(self) -> None:
-        if not self._warned and (names := moving_statistics(self._student[0])):
+        if not self._followed and not self._warned and (names := moving_statistics(self._student[0])):
             self._warned = True
             warnings.warn(
                 f"Teacher: expected no batch normalisation in training mode in the student of an averaged teacher, got {names[0]!r}: the "
-                "mean of running statistics is not that of averaged weights. Put it into eval(), or call "
-                "geomreg.recompute_statistics(teacher.model, batches, encode) before the teacher is used.",
+                "mean of running statistics is not that of averaged weights. Put it into eval(), call teacher.follow(batch) before "
+                "step(), or geomreg.recompute_statistics(teacher.model, batches, encode) before the teacher is used.",
                 stacklevel=3,  # past no_grad
             )
         if self._steps % self.every == 0:
@@ -384,6 +409,8 @@ class _Averaged(Teacher):
             check_fraction("Teacher", f"decay at step {self._steps}", decay)
             student = dict(_named_tensors(self._student[0]))
             for name, held in _named_tensors(self.model):
+                if name in self._followed:
+                    continue
                 value = student[name].detach().to(held.device)
                 if held.is_floating_point():
                     mean = self._exact.get(name, held).to(held.device)
@@ -441,14 +468,26 @@ class _Cached(Teacher):
             if modality not in cache.fingerprint:
                 raise ValueError(f"Teacher: expected a cache of {modality} embeddings, got {cache!r}. Build it with both modalities.")
         self.cache = cache
+        student = None if self._origin is None else self._origin.model()
+        self._of_student = None if student is None else Agreement(student, self._agrees, HALF_ROUNDING)  # its precision is not known
         super(Teacher, self).train(False)
+
+    @property
+    def _origin(self) -> Origin | None:
+        return getattr(self.cache, "origin", None)
+
+    def _agrees(self, student: nn.Module) -> bool:
+        return self._origin is not None and self._origin.unmoved(student)
 
     def forward(self, batch: Any) -> Embeddings:
         if not isinstance(batch, Mapping) or "id" not in batch:
             raise TypeError(f'Teacher: expected a batch as a dict with "id" to look up, got {describe(batch)}. Let the data set give ids.')
         device = next((value.device for key, value in batch.items() if key != "id" and isinstance(value, Tensor)), torch.device("cpu"))
         found = self.cache(batch["id"], self.modalities, text=batch.get("text"))
-        return Embeddings(*(None if value is None else value.to(device) for value in found))
+        embeddings = Embeddings(*(None if value is None else value.to(device) for value in found))
+        if self._of_student is not None:
+            self._of_student.mark(embeddings)
+        return embeddings
 
     def fingerprint(self) -> str:
         return next(iter(self.cache.fingerprint.values()))["weights"]

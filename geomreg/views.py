@@ -2,28 +2,92 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["text_views"]
+__all__ = ["Padding", "most_padded", "padding_between", "text_views", "told_padding"]
 
 
-def text_views(batch: Mapping[str, Any], rows: int) -> NDArray[np.uint64] | None:
-    """``(B,)`` hashes of the token ids at ``batch["text"]``, whatever their integer type and however many zeros follow them.
+class Padding(NamedTuple):
+    """What fills texts up to the length of a batch, and does not count.
+
+    Attributes:
+        token: its id.
+        left: it stands before the text; else after it.
+    """
+
+    token: int = 0
+    left: bool = False
+
+
+def text_views(batch: Mapping[str, Any], rows: int, padding: Padding | None = None) -> NDArray[np.uint64] | None:
+    """``(B,)`` hashes of the token ids at ``batch["text"]``, whatever their integer type and however much padding they have.
 
     Args:
         batch: with token ids ``(B, L)`` at ``"text"``.
         rows: B.
+        padding: by default zeros at the end.
 
     Returns:
         None where there is no integer tensor of that shape: such texts cannot be told apart.
     """
-    text = batch.get("text")
-    if not isinstance(text, Tensor) or text.ndim != 2 or len(text) != rows or text.is_floating_point() or text.is_complex():
+    tokens = _tokens(batch)
+    if tokens is None or len(tokens) != rows:
         return None
-    tokens = text.detach().cpu().numpy().astype("<i8")
-    digests = (hashlib.blake2b(np.trim_zeros(row, "b").tobytes(), digest_size=8).digest() for row in tokens)
+    padding = padding or Padding()
+    digests = (hashlib.blake2b(_text(row, padding).tobytes(), digest_size=8).digest() for row in tokens)
     return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def _tokens(batch: Mapping[str, Any]) -> NDArray[np.int64] | None:
+    text = batch.get("text")
+    if not isinstance(text, Tensor) or text.ndim != 2 or text.dtype == torch.bool or text.is_floating_point() or text.is_complex():
+        return None
+    return text.detach().cpu().numpy().astype("<i8")
+
+
+def _text(row: NDArray[np.int64], padding: Padding) -> NDArray[np.int64]:
+    """The tokens without padding."""
+    count = _run(row, padding)
+    return row[count:] if padding.left else row[: len(row) - count]
+
+
+def _run(row: NDArray[np.int64], padding: Padding) -> int:
+    """How often the padding is repeated."""
+    others = np.flatnonzero((row if padding.left else row[::-1]) != padding.token)
+    return int(others[0]) if others.size else len(row)
+
+
+def most_padded(batch: Mapping[str, Any]) -> list[int]:
+    """Rows of the longest repetition at the end, and at the beginning; one or two of them, none without token ids."""
+    tokens = _tokens(batch)
+    if tokens is None or not tokens.size:
+        return []
+    ends = [[_run(row, Padding(int(row[0 if left else -1]), left)) for row in tokens] for left in (False, True)]
+    return sorted({int(np.argmax(lengths)) for lengths in ends})
+
+
+def padding_between(batch: Mapping[str, Any], row: int, alone: Mapping[str, Any]) -> Padding | None:
+    """The padding that row ``row`` of a batch has and the same sample ``alone`` in a batch lacks; None if there is none to see."""
+    among, single = _tokens(batch), _tokens(alone)
+    if among is None or single is None or len(single) != 1 or single.shape[1] >= among.shape[1]:
+        return None
+    long, short = among[row], single[0]
+    for left in (False, True):
+        text, rest = (long[-len(short) :], long[: -len(short)]) if left else (long[: len(short)], long[len(short) :])
+        if np.array_equal(text, short) and len(set(rest.tolist())) == 1:
+            return Padding(int(rest[0]), left)
+    return None
+
+
+def told_padding(tokenizer: object) -> Padding:
+    """What a tokenizer of transformers, or one around it, says of its padding; else zeros at the end."""
+    for owner in (tokenizer, getattr(tokenizer, "tokenizer", None)):
+        token = getattr(owner, "pad_token_id", None)
+        if isinstance(token, int):
+            return Padding(token, getattr(owner, "padding_side", "right") == "left")
+    return Padding()

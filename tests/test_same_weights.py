@@ -15,7 +15,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from geomreg import AverageVectorLoss, CosineAnchor, DiVE, Embeddings, Teacher, WeightedSum, backward
+from geomreg import AverageVectorLoss, CosineAnchor, DiVE, EmbeddingCache, Embeddings, Teacher, WeightedSum, backward
 from geomreg import same_weights as module
 from geomreg.functional import average_vector_loss
 
@@ -278,3 +278,123 @@ def test_weights_that_one_process_cannot_compare(field, monkeypatch):
     else:
         two.weight.to_local = lambda: None
     assert not module.same_parameters(one, two)
+
+
+# chunks and caches ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(embeddings, index):
+    return Embeddings(*(None if value is None else value[index] for value in embeddings))
+
+
+@pytest.mark.parametrize("chunk_size", [8, 10, 32, 100])
+@pytest.mark.parametrize("trained", [True, False])
+def test_separable_step_says_it_at_its_first_chunk(chunk_size, trained):
+    """The teacher's rows of a chunk are a copy; they are known by where the chunk is."""
+    model, teacher, batch = built()
+    student, keep = model if trained else NOISY["dropout"][0]().train(), CosineAnchor()
+
+    def step(known: Embeddings) -> None:
+        fn = lambda e, index: keep(e, rows_of(known, index))  # noqa: E731
+        backward(lambda chunk: encode(student, chunk), batch, fn, chunk_size=chunk_size, separable=True)
+
+    said = heard(lambda: step(teacher(batch)))
+    assert len(said) == trained
+    assert not said or "Dropout at '2'" in said[0]
+    assert not heard(lambda: step(teacher(batch)))
+
+
+def test_separable_step_in_evaluation_mode_is_quiet():
+    """Also its trial, whose embeddings are turned at random, and rows in another order, which are not looked at."""
+    for order in (slice(None), torch.arange(31, -1, -1)):
+        model, teacher, batch = built()
+        model.eval()
+        known, keep = rows_of(teacher(batch), order), CosineAnchor()
+        fn = lambda e, index: keep(e, rows_of(known, index))  # noqa: B023, E731
+        assert not heard(lambda: backward(lambda chunk: encode(model, chunk), batch, fn, chunk_size=8, separable=True))  # noqa: B023
+
+
+class Numbered:
+    """Samples of a batch, by number."""
+
+    def __init__(self, batch: Tensor) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def __getitem__(self, row: int) -> dict:
+        return {"id": row, "x": self.batch[row]}
+
+
+def in_dict(model: nn.Module, batch: dict) -> Embeddings:
+    return encode(model, batch["x"])
+
+
+def cached(path, model, batch, how="built", dtype=torch.float32) -> Teacher:
+    cache = EmbeddingCache.build(Teacher(model, in_dict), Numbered(batch), path, progress=False, dtype=dtype)
+    if how != "built":
+        cache = EmbeddingCache.open(path, **({"teacher": Teacher(model, in_dict)} if how == "opened with its teacher" else {}))
+    return Teacher.cached(cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("how", ["built", "opened with its teacher", "opened"])
+def test_cached_teacher_of_a_known_student(tmp_path, how, dtype):
+    model, _, rows = built()
+    teacher, batch = cached(tmp_path, model, rows, how, dtype), {"id": list(range(32)), "x": rows}
+    keep = AverageVectorLoss()
+    model.eval()
+    assert not heard(lambda: keep(in_dict(model, batch), teacher(batch)))
+    teacher = cached(tmp_path, model, rows, how, dtype)
+    model.train()
+    said = heard(lambda: keep(in_dict(model, batch), teacher(batch)))
+    assert len(said) == (how != "opened")
+    assert not heard(lambda: keep(in_dict(model, batch), teacher(batch)))
+
+
+@pytest.mark.parametrize("student", [other_model, moved_before, copied, gone])
+def test_cached_teacher_of_a_student_that_may_differ(tmp_path, student):
+    model, _, rows = built()
+    teacher, batch = cached(tmp_path, model, rows), {"id": list(range(32)), "x": rows}
+    trained = student(model, teacher, rows)
+    assert not heard(lambda: [AverageVectorLoss()(in_dict(trained, batch), teacher(batch)) for _ in range(3)])
+
+
+def test_cached_teacher_whose_student_moved_before_it_was_made(tmp_path):
+    model, _, rows = built()
+    cache = cached(tmp_path, model, rows).cache
+    moved_before(model, None, None)
+    batch = {"id": list(range(32)), "x": rows}
+    teacher = Teacher.cached(cache)
+    assert not heard(lambda: [AverageVectorLoss()(in_dict(model, batch), teacher(batch)) for _ in range(3)])
+
+
+def test_cached_teacher_keeps_no_model_alive(tmp_path):
+    model, _, rows = built()
+    teacher = cached(tmp_path, model, rows)
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
+    teacher({"id": [0], "x": rows[:1]})
+
+
+def test_nothing_is_said_where_training_mode_is_meant():
+    model, teacher, batch = built()
+    with module.uncompared():
+        known = teacher(batch)
+    assert not heard(lambda: AverageVectorLoss()(encode(model, batch), known))
+    assert len(heard(lambda: AverageVectorLoss()(encode(model, batch), teacher(batch)))) == 1
+
+
+@pytest.mark.parametrize("kind", ["frozen", "averaged", "cached"])
+def test_statistics_that_the_task_has_moved_are_no_mistake(tmp_path, kind):
+    """The batch of the task is seen in training mode, that of the terms in evaluation mode: the statistics moved in between."""
+    model, teacher, rows = built("batch normalisation")
+    batch = {"id": list(range(32)), "x": rows}
+    makers = {"frozen": Teacher, "averaged": Teacher.averaged}
+    teacher = makers[kind](model, in_dict) if kind in makers else cached(tmp_path, model, rows)
+    for _ in range(2):
+        in_dict(model.train(), {"x": 3 * rows + 1})
+        assert not heard(lambda: AverageVectorLoss()(in_dict(model.eval(), batch), teacher(batch)))

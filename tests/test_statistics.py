@@ -1,10 +1,13 @@
 """Running statistics of batch normalisations beside averaged weights: collected anew they are those of a direct pass."""
 
 import copy
+import os
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -154,3 +157,105 @@ def test_averaged_teacher_says_once_that_statistics_move():
     torch.testing.assert_close(teacher(batch).image, direct, rtol=5e-3, atol=5e-3)
     assert not teacher.model.training
     assert geomreg.recompute_statistics is recompute_statistics
+
+
+def image(model, batch):
+    return Embeddings(image=model(batch))
+
+
+@pytest.mark.parametrize("kind", ["1d", "2d"])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_averaged_teacher_that_follows_has_statistics_of_its_own_weights(kind, decay):
+    """As if the averaged weights themselves had been trained on these batches; at a decay of 0 those of the student."""
+    student = network(kind)
+    teacher, by_hand = Teacher.averaged(student, image, decay=decay), copy.deepcopy(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(20):
+            batch = data(16, kind, seed=step)
+            optimizer.zero_grad()
+            F.cross_entropy(without_dropout(student)(batch), torch.arange(16) % 4).backward()
+            state = torch.get_rng_state()
+            teacher.follow(batch)
+            assert torch.equal(torch.get_rng_state(), state)
+            without_dropout(by_hand)(batch)
+            optimizer.step()
+            teacher.step()
+            with torch.no_grad():
+                for held, value in zip(by_hand.parameters(), student.parameters(), strict=True):
+                    held.lerp_(value, 1 - decay)
+    assert not teacher.model.training
+    for key, value in by_hand.state_dict().items():
+        torch.testing.assert_close(teacher.model.state_dict()[key], value, msg=key)
+        if decay == 0:
+            torch.testing.assert_close(student.state_dict()[key], value, msg=key)
+    saved = Teacher.averaged(network(kind), image, decay=decay)
+    saved.load_state_dict(teacher.state_dict())
+    torch.testing.assert_close(saved(batch).image, teacher(batch).image, rtol=0, atol=0)
+
+
+def test_following_moves_what_moves_in_the_student_alone():
+    student = network().train()
+    student[1].eval()  # frozen statistics
+    teacher, before = Teacher.averaged(student, image), copy.deepcopy(student.state_dict())
+    teacher.follow(data(8))
+    after = teacher.model.state_dict()
+    assert {key for key, value in before.items() if not torch.equal(value, after[key])} == {
+        "4.running_mean", "4.running_var", "4.num_batches_tracked",
+    }  # fmt: skip
+    for other in (Teacher(student, image), Teacher.averaged(student.eval(), image), Teacher.averaged(nn.Linear(5, 4), image)):
+        held = copy.deepcopy(other.model.state_dict())
+        other.follow(data(8))
+        assert all(torch.equal(value, held[key]) for key, value in other.model.state_dict().items())
+
+
+def test_narrow_statistics_that_follow_are_saved():
+    student = nn.BatchNorm1d(5).bfloat16().train()
+    teacher = Teacher.averaged(student, image)
+    teacher.follow(data(8).bfloat16())
+    teacher.step()
+    saved = Teacher.averaged(nn.BatchNorm1d(5).bfloat16(), image)
+    saved.load_state_dict(teacher.state_dict())
+    assert teacher.model.running_mean.abs().max() > 0
+    assert torch.equal(saved.model.running_mean, teacher.model.running_mean)
+
+
+def test_layers_that_are_not_reached_or_not_meant_keep_theirs():
+    model = trained(network())
+    before = copy.deepcopy(statistics(model))
+    recompute_statistics(model, [data(9)], lambda model, batch: model[:3](batch))
+    after = copy.deepcopy(statistics(model))
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"1.running_mean", "1.running_var"}
+    recompute_statistics(model, [data(9)], run, names=["4"])
+    assert all(torch.equal(after[key], statistics(model)[key]) for key in after if key.startswith("1."))
+    assert not torch.equal(after["4.running_mean"], statistics(model)["4.running_mean"])
+
+
+def follow_on_rank(rank, folder):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        student = network().train()
+        teacher = Teacher.averaged(student, image)
+        for step in range(2):
+            teacher.follow(data(6 + rank, seed=2 * step + rank))
+        torch.save(teacher.model.state_dict(), folder / f"{rank}.pt")
+        if not rank:  # without the other
+            recompute_statistics(student, [data(9)], run, alone=True)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_follow_as_those_of_the_student(tmp_path):
+    mp.spawn(follow_on_rank, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    first = without_dropout(network())
+    first(data(6, seed=0))
+    for rank, one in enumerate(found):
+        own = copy.deepcopy(first)
+        own(data(6 + rank, seed=2 + rank))
+        for key, value in own.state_dict().items():
+            torch.testing.assert_close(one[key], value, msg=key)

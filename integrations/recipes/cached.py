@@ -12,6 +12,7 @@ from geomreg.integrations.recipes.data import RandomTexts, Subset, collate
 from geomreg.integrations.recipes.data.counted import Counted
 from geomreg.integrations.recipes.passes import evaluating
 from geomreg.integrations.recipes.train import encode
+from geomreg.older_tables import LOADING, said_of_loading
 from geomreg.shards import id_hashes
 from geomreg.teacher import Teacher
 
@@ -45,16 +46,32 @@ def _check_digests(teacher: Any, dataset: Any, modalities: list[str]) -> None:
     """Of a subset those of the whole. A cache of other ids, say of more samples, is left to the comparison of samples."""
     while isinstance(dataset, (Counted, Subset)):
         dataset = dataset.dataset
+    if "image" in modalities:
+        _check_loading(teacher.cache, getattr(dataset, LOADING, None))
     ids = hashlib.sha256(id_hashes("finetune", dataset.ids).tobytes()).hexdigest()[:16]
     for modality in modalities:
         parts = dict(part.split(" ", 1) for part in teacher.cache.fingerprint[modality]["data set"].split(", ")[1:])
         now = dataset.fingerprint[modality]
-        if parts.get("ids") == ids and parts.get("content", now) != now:
+        if parts.get("ids") == ids and (there := parts.get("content", now)) != now and not _same_files(dataset, modality, there):
             what = {"image": "images", "text": "texts (captions, class names or templates)"}[modality]
             raise ValueError(
                 f"finetune: expected reference data with the {what} that {teacher.cache.path} was built from, got others under the same "
                 f"ids (digest {now}, there {parts['content']}). Run geomreg embed on these data with the options of this run."
             )
+
+
+def _same_files(dataset: Any, modality: str, digest: str) -> bool:
+    """Whether only the image paths are written otherwise: absolute, or relative to another folder."""
+    return modality == "image" and hasattr(dataset, "same_files") and bool(dataset.same_files(digest))
+
+
+def _check_loading(cache: Any, now: str | None) -> None:
+    then = cache.fingerprint["image"].get(LOADING)
+    if not said_of_loading(cache.path, then, now):
+        raise ValueError(
+            f"finetune: expected images that are read as for {cache.path} ({then}), got {now}. Run geomreg embed on these data with the "
+            "options of this run."
+        )
 
 
 def _check_samples(teacher: Any, dataset: Any, model: nn.Module, modalities: list[str]) -> None:

@@ -98,7 +98,7 @@ class MethodConfig:
     Attributes:
         name: of the method, for the records.
         terms: on the reference data; none: no reference data are needed.
-        target_terms: on the target batch, beside its loss; with ``classification`` on its images alone.
+        target_terms: on the target batch, beside its loss, which is embedded in training mode; with ``classification`` on its images alone.
         loss: on the target: ``contrastive`` of images and texts (FLYP; SigLIP's for a model with a logit bias), or ``classification``.
         head: of a classification: ``zero_shot``, linear, trained, from the class texts' embeddings; ``linear_probe``, likewise, but
             from a logistic regression on the frozen model (LP-FT); ``text_encoder``, the texts of all classes, encoded in every step
@@ -271,6 +271,7 @@ class Config:
         best: the one of them by which the best model so far is kept in the folder ``best``: validation data of the target.
         best_by: number of that evaluation.
         ensemble: share of the trained weights in a mixture with those at the start, kept in the folder ``ensemble`` (WiSE-FT); None: none.
+            Its batch normalisations have running statistics of its own, from the target batches of the first hundred steps.
         transformers: write the final model in the folder ``transformers`` too, with processor and tokenizer; CLIP with a plain ViT alone.
         probe: labelled data that have nothing to do with the target, to watch what is forgotten while the run goes on (drift.jsonl).
         monitor: how, and when to stop.

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from geomreg.compose import WeightedSum
 from geomreg.integrations.recipes import checkpoint
 from geomreg.integrations.recipes.cached import check_cached
 from geomreg.integrations.recipes.config import LABELLED, READERS, Config, DataConfig, MethodConfig, TermConfig, check_options
-from geomreg.integrations.recipes.ensemble import EnsembleOptions, ensemble
+from geomreg.integrations.recipes.ensemble import EnsembleOptions, collect_statistics, ensemble
 from geomreg.integrations.recipes.evaluate import evaluate
 from geomreg.integrations.recipes.export import check_plain, to_open_clip, to_transformers
 from geomreg.integrations.recipes.facts import check_broken, facts_of, print_table, table_of
@@ -49,7 +49,16 @@ from geomreg.integrations.recipes.streams import (
     print_conversions,
     read,
 )
-from geomreg.integrations.recipes.train import Banks, Checkpoints, NotFiniteError, RunStoppedError, Settings, encode, finetune
+from geomreg.integrations.recipes.train import (
+    OF_STATISTICS,
+    Banks,
+    Checkpoints,
+    NotFiniteError,
+    RunStoppedError,
+    Settings,
+    encode,
+    finetune,
+)
 from geomreg.integrations.recipes.trial import LIMIT, base_lines, check_batches, check_learning_rate, take_steps
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
@@ -155,7 +164,7 @@ def _finetune_from(config: Config) -> Path:
         mixture = None
         if config.ensemble is not None:
             options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
-            (mixture,) = ensemble(EnsembleOptions(*options, overwrite=True))
+            (mixture,) = ensemble(EnsembleOptions(*options, overwrite=True), run.collect_statistics)
         print_table(table_of(facts, run.streams))
         evaluation.report(mixture)
     print_conversions(data, accelerator)
@@ -340,6 +349,12 @@ class _Run:
             after_update=lambda: clamp_logit_scale(self.model, self.config.model.max_logit_scale),
             **options,
         )
+
+    def collect_statistics(self, model: nn.Module, names: Collection[str]) -> None:
+        """Of a mixture of weights, from the target batches of the first steps that this process saw."""
+        batches = self.streams["target"].again(min(self.settings.steps, OF_STATISTICS))
+        with self.accelerator.autocast():
+            collect_statistics(model, names, batches, self.accelerator.device)
 
     def current(self) -> nn.Module:
         """The model as it is now, whole, on the device of the main process; to be called on all."""

@@ -148,6 +148,12 @@ class Stream:
 
         return from_number
 
+    def again(self, count: int) -> Iterator[dict[str, Any]]:
+        """The first batches once more; what is broken in them is not counted."""
+        for batch in itertools.islice(loader(self.drawn, self.draws(0), workers=self.workers), count):
+            batch.pop("broken")
+            yield batch
+
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "broken": self.broken}
 

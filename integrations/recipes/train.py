@@ -22,17 +22,19 @@ from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
 from geomreg.integrations.recipes.passes import ON_PARAMETERS, Batch, Passes
 from geomreg.integrations.recipes.shard import Sharded, check_launch, like
 from geomreg.precision import at_least_fp32
+from geomreg.same_weights import uncompared
 from geomreg.statistics import moving_statistics, recompute_statistics
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
-__all__ = ["Batch", "Batches", "Checkpoints", "NotFiniteError", "RunStoppedError", "Settings", "encode", "finetune"]
+__all__ = ["OF_STATISTICS", "Batch", "Batches", "Checkpoints", "NotFiniteError", "RunStoppedError", "Settings", "encode", "finetune"]
 
 Batches = Callable[[int], Iterator[Batch]]  # endless batches from the one with this number on
 Banks = Callable[[int], Iterator[Tensor]]  # (M, D) constant text embeddings for each step from the one with this number on
 RECORDED = ("step", "loss", "regularizer", "logit_scale", "learning_rate", "gradient_ratio", "stop", "task_square", "regularizer_square")
 """Names in the records of a step that no term may have."""
-_OF_STATISTICS = 100  # target batches that running statistics are collected from
+OF_STATISTICS = 100
+"""Batches that running statistics of batch normalisations are collected from."""
 _OUTSIDE = ("logit_scale", "logit_bias", f"{head.NAME}.")  # parameters that losses use outside of the model's forward
 
 
@@ -308,11 +310,14 @@ class _Training:
         passes = dataclasses.replace(self.passes, norms=norms, bank=bank)
         self.optimizer.zero_grad()
         batch = _moved(next(target), self.accelerator.device)
+        with uncompared():  # the target batch is embedded in training mode, as its loss needs it
+            frozen = self._frozen(batch, self.target_regularizer)
         terms, of_target = passes.on_target(
-            batch, self._frozen(batch, self.target_regularizer), self.loss, self.target_regularizer,
+            batch, frozen, self.loss, self.target_regularizer,
             step=step, unique_texts=self.settings.unique_texts, sync=not regularized,
         )  # fmt: skip
-        del batch
+        self._follow(batch)
+        del batch, frozen
         value = torch.zeros((), device=self.accelerator.device)
         # Last, with the target batch gone: the least memory. DDP synchronises in this pass, which therefore names what that one used.
         if regularized and self.regularizer is not None and reference is not None:
@@ -324,6 +329,13 @@ class _Training:
             terms |= of_reference
         record = {**terms, "loss": of_target, "regularizer": value, "logit_scale": self.model.logit_scale.exp()}
         return record | {f"{role}_square": norms.square(role, self.accelerator.device) for role in ("task", "regularizer")}
+
+    def _follow(self, batch: Batch) -> None:
+        """Statistics of an averaged teacher, from the target batch: images alone where only their tower has some."""
+        if self.teacher is not None and (names := moving_statistics(self.model)):
+            images = getattr(self.teacher, "encode", None) is encode and all(name.startswith("visual.") for name in names)
+            with self.accelerator.autocast():
+                self.teacher.follow({"image": batch["image"]} if images else batch, self.model)
 
     def entry(self, step: int, record: dict[str, Tensor], stop: bool, checkpoints: Checkpoints | None) -> tuple[dict[str, float], bool]:
         """What is known of a step before its update, over all processes; and whether one of them was asked to stop."""
@@ -376,9 +388,9 @@ class _Training:
             self.mean.add()
         if last:  # before it is looked at
             self.mean.put()
-            if moving_statistics(self.model):
-                batches = itertools.islice(target(0), min(done, _OF_STATISTICS))
-                recompute_statistics(self.model, (_moved(batch, self.accelerator.device) for batch in batches), self._forward)
+            if names := moving_statistics(self.model):
+                batches = (_moved(batch, self.accelerator.device) for batch in itertools.islice(target(0), min(done, OF_STATISTICS)))
+                recompute_statistics(self.model, batches, self._forward, names=names)
 
     def _forward(self, model: nn.Module, batch: Batch) -> Embeddings:
         with self.accelerator.autocast():

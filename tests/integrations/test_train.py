@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import itertools
 import math
+import warnings
 
 import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
 
-from geomreg import DiVE, FeatureDistillation, GramStructure, Teacher, WeightedSum
+from geomreg import AverageVectorLoss, CosineAnchor, DiVE, FeatureDistillation, GramStructure, Teacher, WeightedSum
 from geomreg.integrations.recipes.train import Settings, encode, finetune
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
@@ -210,19 +211,64 @@ def test_nothing_of_a_run_stays_behind():
     assert "forward" not in vars(result)
 
 
-@pytest.mark.parametrize("steps", [6, 7])
-def test_mean_of_the_weights_has_statistics_of_its_own(steps):
-    """Those of a direct pass over the target batches with the mean's weights, not those that the last step left."""
+def resnet():
     torch.manual_seed(0)
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-    one = open_clip.CLIP(8, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
+    return open_clip.CLIP(8, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
 
-    def pairs(start):
-        for k in itertools.count(start):
-            generator = torch.Generator().manual_seed(k)
-            yield {"image": torch.randn(6, 3, 32, 32, generator=generator), "text": torch.randint(1, 64, (6, 8), generator=generator)}
 
+def pairs(start):
+    for k in itertools.count(start):
+        generator = torch.Generator().manual_seed(k)
+        yield {"image": torch.randn(6, 3, 32, 32, generator=generator), "text": torch.randint(1, 64, (6, 8), generator=generator)}
+
+
+@pytest.mark.parametrize("decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
+def test_averaged_teacher_has_statistics_of_its_own(decay):
+    """Those that its weights would have left behind on the same target batches; and the terms begin at 0."""
+    one = resnet()
+    teacher, by_hand = Teacher.averaged(one, encode, decay=decay), copy.deepcopy(one).train()
+    batches, entries = pairs(0), []
+
+    def on_step(entry):
+        entries.append(entry)
+        with torch.no_grad():
+            by_hand.encode_image(next(batches)["image"])
+            for held, value in zip(by_hand.parameters(), one.parameters(), strict=True):
+                held.lerp_(value, 1 - decay)
+        for (key, value), expected in zip(teacher.model.state_dict().items(), by_hand.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, expected, msg=key)
+
+    settings = Settings(steps=4, learning_rate=3e-3, warmup_steps=1)
+    keep = WeightedSum(dive=(1.0, DiVE()), avl=(1.0, AverageVectorLoss()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        finetune(one, pairs, settings, accelerator=Accelerator(cpu=True), on_step=on_step, regularizer=keep, teacher=teacher,
+                 reference=lambda start: pairs(50 + start))  # fmt: skip
+    assert max(entries[0]["dive"], entries[0]["avl"]) < 1e-9
+    assert entries[-1]["avl"] > 1e-9 or decay == 0
+
+
+@pytest.mark.parametrize("chunk_size", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_terms_on_a_target_with_dropout_are_not_called_a_mistake(chunk_size):
+    """Its loss needs training mode; the reference is embedded in evaluation mode and agrees."""
+    torch.manual_seed(0)
+    one = open_clip.CLIP(embed_dim=24, vision_cfg={**VIT, "patch_dropout": 0.5}, text_cfg=TEXT, output_dict=True).double()
+    keep, on_target = WeightedSum(avl=(1.0, AverageVectorLoss())), WeightedSum(cosine=(1.0, CosineAnchor()))
+    entries = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        finetune(one, batches(1), dataclasses.replace(SETTINGS, chunk_size=chunk_size), accelerator=Accelerator(cpu=True), regularizer=keep,
+                 target_regularizer=on_target, teacher=Teacher(one, encode), reference=batches(2), on_step=entries.append)  # fmt: skip
+    assert entries[0]["cosine"] > 1e-3
+    assert entries[0]["avl"] < 1e-12
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_mean_of_the_weights_has_statistics_of_its_own(steps):
+    """Those of a direct pass over the target batches with the mean's weights, not those that the last step left."""
+    one = resnet()
     settings = Settings(steps=steps, learning_rate=3e-3, warmup_steps=1, average_every=2)
     kept = []
     finetune(one, pairs, settings, accelerator=Accelerator(cpu=True), on_step=lambda _: kept.append(copy.deepcopy(one.state_dict())))

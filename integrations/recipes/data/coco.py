@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geomreg.checks import describe
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, read_sample
+from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
+from geomreg.integrations.recipes.data.spelling import spelt_otherwise
 from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
 from geomreg.integrations.recipes.data.texts import Tokenizer
 from geomreg.integrations.recipes.files import read_json
@@ -106,11 +107,17 @@ class CocoCaptions(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return read_sample(self, self.ids[index], self.image_file(index), self.caption(index))
 
+    loading = property(loading_of)
+
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """For each modality a digest of the ids and of the captions or file names as written, in order; root plays no part."""
         columns = {"image": self._files, "text": self._captions}
         return {modality: fingerprint(self.ids, columns[modality]) for modality in self.modalities}
+
+    def same_files(self, digest: str) -> bool:
+        """Whether the digest of images in a fingerprint is of these files, their paths written otherwise."""
+        return spelt_otherwise(digest, self.ids, [self.image_file(row) for row in range(len(self))])
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, read_sample
+from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint, repeats
 from geomreg.integrations.recipes.data.table import read_columns, read_lines
 from geomreg.integrations.recipes.data.texts import Tokenizer
@@ -99,6 +99,8 @@ class Flickr8k(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return read_sample(self, self.ids[index], self.image_file(index), self.caption(index))
+
+    loading = property(loading_of)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

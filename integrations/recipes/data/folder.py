@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from geomreg.integrations.recipes.data.sample import check_reader, read_sample
+from geomreg.integrations.recipes.data.sample import check_reader, loading_of, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint
 from geomreg.integrations.recipes.data.table import read_rows
 from geomreg.integrations.recipes.data.texts import Tokenizer, check_templates, fill
@@ -110,6 +110,8 @@ class LabelledFolder(Dataset[dict[str, Any]]):
         label = int(self.labels[index])
         text = fill(self.templates[index % len(self.templates)], self.classes[label])
         return read_sample(self, self.ids[index], self.image_file(index), text, label=label)
+
+    loading = property(loading_of)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, read_sample
+from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
+from geomreg.integrations.recipes.data.spelling import spelt_otherwise
 from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
 from geomreg.integrations.recipes.data.table import read_rows
 from geomreg.integrations.recipes.data.texts import Tokenizer
@@ -161,11 +162,17 @@ class CsvPairs(Dataset[dict[str, Any]]):
         caption = self._captions[index] if "text" in self.modalities else ""
         return read_sample(self, self.ids[index], path, caption, where=f" (line {self._lines[index]} of {self.path})")
 
+    loading = property(loading_of)
+
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """For each modality a digest of the ids and of the captions or image paths as written, in order; root plays no part."""
         columns = {"image": self._paths, "text": self._captions}
         return {modality: fingerprint(self.ids, columns[modality]) for modality in self.modalities}
+
+    def same_files(self, digest: str) -> bool:
+        """Whether the digest of images in a fingerprint is of these files, their paths written otherwise."""
+        return spelt_otherwise(digest, self.ids, [self.image_file(row) for row in range(len(self))])
 
 
 class LabelledPairs(CsvPairs):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from geomreg.checks import check_positive
 
-__all__ = ["KINDS", "ImageConfig", "Preprocessing", "to_rgb"]
+__all__ = ["KINDS", "ImageConfig", "Preprocessing", "described_loading", "to_rgb"]
 
 KINDS = ("oriented", "blended", "scaled", "cmyk")
 """What :func:`to_rgb` may have done to an image."""
+VERSION = 1  # of the pixels that :func:`to_rgb` gives for the same options; raised when one of them changes
 
 _ORIENTATION, _METADATA = 0x0112, ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
 _TURNS = {
@@ -111,6 +112,15 @@ class Preprocessing:
     def __repr__(self) -> str:
         changed = (f"{option}={getattr(self.images, option)}" for option in _changed(self.images))
         return f"Preprocessing({', '.join([*changed, str(self.transform)])})"
+
+
+def described_loading(transform: object) -> str:
+    """In words how the image files that a transform gets are read; the same where they give the same pixels."""
+    images = transform.images if isinstance(transform, Preprocessing) else ImageConfig()
+    if images.loader == "open_clip":
+        return "open_clip's loader"
+    options = (f"{option} {value}" for option, value in dataclasses.asdict(images).items() if option != "loader" and value is not None)
+    return f"geomreg's loader {VERSION}: {', '.join(options)}"
 
 
 def to_rgb(image: Image.Image, options: ImageConfig) -> tuple[Image.Image, tuple[str, ...]]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from geomreg.checks import check_callable, check_choices
 from geomreg.integrations.recipes.data.images import broken_sample, image_sample
+from geomreg.integrations.recipes.data.rgb import described_loading
 from geomreg.integrations.recipes.data.texts import Tokenizer, tokenize
 from geomreg.types import Embeddings
 
-__all__ = ["Reader", "check_first_image", "check_reader", "read_sample"]
+__all__ = ["Reader", "check_first_image", "check_reader", "loading_of", "read_sample"]
 
 
 class Reader(Protocol):
@@ -40,6 +41,11 @@ def check_first_image(name: str, source: str, path: str, hint: str) -> None:
     """There is a file at ``path``; the other images are not looked for."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name}: expected the first image of {source}, got no file {path}. {hint}")
+
+
+def loading_of(reader: Reader) -> str | None:
+    """How a reader's image files become pixels, for the fingerprint of a cache; None without images."""
+    return described_loading(reader.transform) if "image" in reader.modalities else None
 
 
 def read_sample(

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from geomreg.integrations.recipes.data.images import broken_sample, reason
-from geomreg.integrations.recipes.data.sample import check_reader, read_sample
+from geomreg.integrations.recipes.data.sample import check_reader, loading_of, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint, repeats
 from geomreg.integrations.recipes.data.texts import Tokenizer
 
@@ -163,6 +163,8 @@ class TarPairs(Dataset[dict[str, Any]]):
             raise ValueError(f"no {' or '.join(f'.{extension}' for extension in self._extensions[kind])} member")
         shard = self.groups[index]
         return _open(self.shards[shard], *self._stamps[shard]).read(position, size)
+
+    loading = property(loading_of)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geomreg.checks import check_option
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, read_sample
+from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint
 from geomreg.integrations.recipes.data.table import read_columns
 from geomreg.integrations.recipes.data.texts import Tokenizer, check_templates, fill
@@ -138,6 +138,8 @@ class IWildCam(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return _sample(self, range(len(self))[index])
 
+    loading = property(loading_of)
+
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """For each modality a digest: of the ids, and for texts of labels, class names and templates; ``root`` plays no part."""
@@ -238,6 +240,8 @@ class FMoW(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return _sample(self, range(len(self))[index])
+
+    loading = property(loading_of)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
