@@ -39,8 +39,9 @@ def text_views(batch: Mapping[str, Any], rows: int, padding: Padding | None = No
     if tokens is None or len(tokens) != rows:
         return None
     padding = padding or Padding()
-    digests = (hashlib.blake2b(_text(row, padding).tobytes(), digest_size=8).digest() for row in tokens)
-    return np.frombuffer(b"".join(digests), dtype="<u8")
+    runs = _runs(tokens, padding).tolist()
+    texts = (row[run:] if padding.left else row[: len(row) - run] for row, run in zip(tokens, runs, strict=True))
+    return np.frombuffer(b"".join(hashlib.blake2b(text.tobytes(), digest_size=8).digest() for text in texts), dtype="<u8")
 
 
 def _tokens(batch: Mapping[str, Any]) -> NDArray[np.int64] | None:
@@ -50,16 +51,10 @@ def _tokens(batch: Mapping[str, Any]) -> NDArray[np.int64] | None:
     return text.detach().cpu().numpy().astype("<i8")
 
 
-def _text(row: NDArray[np.int64], padding: Padding) -> NDArray[np.int64]:
-    """The tokens without padding."""
-    count = _run(row, padding)
-    return row[count:] if padding.left else row[: len(row) - count]
-
-
-def _run(row: NDArray[np.int64], padding: Padding) -> int:
-    """How often the padding is repeated."""
-    others = np.flatnonzero((row if padding.left else row[::-1]) != padding.token)
-    return int(others[0]) if others.size else len(row)
+def _runs(tokens: NDArray[np.int64], padding: Padding) -> NDArray[np.int64]:
+    """How often the padding is repeated in each row."""
+    others = (tokens if padding.left else tokens[:, ::-1]) != padding.token
+    return np.where(others.any(axis=1), others.argmax(axis=1) if tokens.shape[1] else 0, tokens.shape[1])
 
 
 def most_padded(batch: Mapping[str, Any]) -> list[int]:
@@ -67,7 +62,7 @@ def most_padded(batch: Mapping[str, Any]) -> list[int]:
     tokens = _tokens(batch)
     if tokens is None or not tokens.size:
         return []
-    ends = [[_run(row, Padding(int(row[0 if left else -1]), left)) for row in tokens] for left in (False, True)]
+    ends = [[int(_runs(row[None], Padding(int(row[0 if left else -1]), left))[0]) for row in tokens] for left in (False, True)]
     return sorted({int(np.argmax(lengths)) for lengths in ends})
 
 
