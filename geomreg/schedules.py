@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geomreg.checks import check_count, check_fraction, check_positive, check_student, check_weight
+from geomreg.chunks import current_pass
 from geomreg.distributed import all_reduce_sum
 from geomreg.precision import apply_keeping_fp32
 from geomreg.types import Embeddings
@@ -141,6 +142,9 @@ class BalancedWeight(nn.Module):
     def watch(self, embeddings: Embeddings, role: str) -> Embeddings:
         """The embeddings, whose gradient's squared norm is recorded for ``"task"`` or ``"term"``."""
         check_student("BalancedWeight", embeddings)
+        one_pass = current_pass()
+        if one_pass is not None and one_pass.trial:
+            return embeddings
         index = ("task", "term").index(role)
         return Embeddings(*(None if value is None else _Recorded.apply(value, self, index) for value in embeddings))
 

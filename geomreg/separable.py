@@ -1,11 +1,11 @@
 """Whether a loss may be taken chunk by chunk: terms that say they may not are refused, any other function is tried once."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from inspect import signature
-from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from geomreg.checks import check_scalar
 from geomreg.chunks import SeparablePass, separable_pass
+from geomreg.kinds import kind
 from geomreg.precision import at_least_fp32
 from geomreg.random_state import random_state, same_random_state, set_random_state
 from geomreg.regularizers.common import unit_rows
@@ -21,7 +22,9 @@ from geomreg.types import Embeddings
 __all__ = ["check_arguments", "refuse_unseparable", "refusing_unseparable", "try_once"]
 
 _NARROW = (torch.bfloat16, torch.float16)
-_tried: set[Any] = set()
+_ROWS = 4096  # of a batch that are looked at, if they are more than two chunks
+_TRIALS = 64  # of functions that differ in numbers alone, or in objects of one type
+_tried: dict[Any, set[Any]] = {}
 
 
 def check_arguments(loss_fn: Callable[..., Tensor], separable: bool) -> None:
@@ -68,85 +71,119 @@ def refusing_unseparable() -> Iterator[None]:
         handle.remove()
 
 
-def try_once(loss_fn: Callable[..., Tensor], embeddings: Embeddings, index: Tensor, of: SeparablePass, devices: list[torch.device]) -> None:
-    """Once for each function: the value of some rows is the mean of those of their two halves, each weighted by its rows.
+def try_once(loss_fn: Callable[..., Tensor], sample: Embeddings, chunks: list[int], of: SeparablePass, devices: list[torch.device]) -> None:
+    """Once for each function: value and gradient of the whole batch are the means of those of its parts, each weighted by its rows.
 
-    The rows are embeddings of the batch moved at random, since those of a student that still equals its teacher make most losses
-    0. Neither random numbers nor what terms collect are changed; a loss that draws random numbers itself cannot be tried.
+    The embeddings are those of a chunk, repeated and turned at random, since those of a student that still equals its teacher make most
+    losses 0. The parts are the chunks of the batch, and then two of unequal length. Neither random numbers nor what terms collect are
+    changed. A loss that draws random numbers, or whose value changes from call to call, cannot be tried, which is said in a warning.
 
     Args:
         loss_fn: ``loss_fn(Embeddings, index) -> 0-d``.
-        embeddings: at least two rows of the batch; nothing flows back to them.
-        index: the rows of the batch that they are.
+        sample: embeddings of some rows of the batch; nothing flows back to them.
+        chunks: rows of each chunk, at least two in all. Of a large batch only the first chunks are looked at.
         of: the pass in which they were encoded.
         devices: whose random numbers ``loss_fn`` may draw.
 
     Raises:
         ValueError: the loss is no mean over samples.
     """
-    key = _kind(loss_fn)
-    if key in _tried:
+    exact, coarse = kind(loss_fn), kind(loss_fn, coarse=True)
+    known = _tried.setdefault(coarse, set())
+    if exact in known or len(known) >= _TRIALS:
         return
-    moved = Embeddings(*(None if value is None else _moved(value, seed) for seed, value in enumerate(embeddings)))
-    half = len(index) // 2
+    while len(chunks) > 2 and sum(chunks) > _ROWS:
+        chunks = chunks[:-1]
+    rows = sum(chunks)
+    moved = Embeddings(*(None if value is None else _moved(value, rows, seed) for seed, value in enumerate(sample)))
+    device = next(value.device for value in moved if value is not None)
+    index = torch.arange(rows, device=device)
+    third = max(1, rows // 3)
     before = random_state(devices)
     try:
         with torch.enable_grad(), separable_pass(of, trial=True):
-            whole, first, second = (
-                check_scalar("backward", loss_fn(_rows(moved, rows), index[rows])).detach()
-                for rows in (slice(None), slice(half), slice(half, None))
-            )
-        drawn = not same_random_state(before, random_state(devices))
+            whole = _taken(loss_fn, moved, index)
+            partitions = [_taken_apart(loss_fn, moved, index, parts) for parts in (chunks, [third, rows - third])]
+            drawn = not same_random_state(before, random_state(devices)) or not _equal(whole, _taken(loss_fn, moved, index))
     finally:
         set_random_state(before, devices)
     if drawn:
-        _tried.add(key)
-        return
-    tolerance = 0.05 if whole.dtype in _NARROW else 1e-3
-    value, *parts = (float(one) for one in (whole, first, second))
-    mean = (half * parts[0] + (len(index) - half) * parts[1]) / len(index)
-    size = max(abs(value), *(abs(part) for part in parts))
-    if abs(value - mean) > tolerance * size:
-        raise ValueError(
-            f"backward: expected a loss that is a mean over samples with separable=True, got one whose value for {len(index)} samples is "
-            f"{value:.4g} and whose mean over two halves of them is {mean:.4g}. Leave separable out."
+        known.add(exact)
+        warnings.warn(
+            "backward: expected a loss that is a mean over samples with separable=True, got one that draws random numbers or changes from "
+            "call to call, so that it cannot be tried. Leave separable out, or pass separable='unchecked' if it is such a mean.",
+            stacklevel=4,
         )
-    if 0 < size < float("inf"):
-        _tried.add(key)
+        return
+    dtypes = {whole.value.dtype, *(one.dtype for one in moved if one is not None)}
+    if dtypes & set(_NARROW) or torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest":
+        tolerance, noise = 0.05, 0.05
+    else:
+        tolerance, noise = 1e-3, 32 * max(torch.finfo(one).eps for one in dtypes)
+    tried = [_compare(whole, apart, tolerance, noise, rows) for apart in partitions]
+    if all(tried):
+        known.add(exact)
 
 
-def _moved(value: Tensor, seed: int) -> Tensor:
-    """Each embedding turned at random, as long as before."""
-    exact = at_least_fp32(value.detach())
+class _Taken(NamedTuple):
+    """Value of a loss for some rows, its gradient in their embeddings, the largest value of a part, and the length of the embeddings."""
+
+    value: Tensor
+    gradient: Tensor
+    largest: float
+    length: float
+
+
+def _taken(loss_fn: Callable[..., Tensor], embeddings: Embeddings, index: Tensor) -> _Taken:
+    """Value and gradient for the rows ``index``, which are one after the other."""
+    first, stop = int(index[0]), int(index[-1]) + 1
+    leaves = Embeddings(*(None if value is None else value[first:stop].clone().requires_grad_() for value in embeddings))
+    given = [value for value in leaves if value is not None]
+    loss = check_scalar("backward", loss_fn(leaves, index))
+    found = torch.autograd.grad(loss, given, allow_unused=True) if loss.requires_grad else [None] * len(given)
+    gradient = [torch.zeros_like(value) if one is None else one for value, one in zip(given, found, strict=True)]
+    wide = [torch.cat([at_least_fp32(one.detach()) for one in several], dim=1) for several in (gradient, given)]
+    return _Taken(loss.detach(), wide[0], abs(float(loss.detach())), float(wide[1].norm()))
+
+
+def _taken_apart(loss_fn: Callable[..., Tensor], embeddings: Embeddings, index: Tensor, parts: list[int]) -> _Taken:
+    """The same as the mean over parts of the rows."""
+    found = [(len(rows) / len(index), _taken(loss_fn, embeddings, rows)) for rows in torch.split(index, parts)]
+    value = torch.stack([share * one.value.double() for share, one in found]).sum()
+    gradient = torch.cat([share * one.gradient for share, one in found])
+    return _Taken(value, gradient, max(one.largest for _, one in found), sum(one.length for _, one in found))
+
+
+def _equal(one: _Taken, other: _Taken) -> bool:
+    """But for the order of sums, which a device may change."""
+    tolerance = 4 * torch.finfo(one.value.dtype).eps
+    return torch.allclose(one.value.double(), other.value.double(), rtol=tolerance, atol=0, equal_nan=True)
+
+
+def _compare(whole: _Taken, apart: _Taken, tolerance: float, noise: float, rows: int) -> bool:
+    """Raise if value or gradient are others than the mean of the parts; False where there is nothing but rounding to see."""
+    value, mean = float(whole.value), float(apart.value)
+    if not math.isfinite(value) or not whole.gradient.isfinite().all():
+        return False
+    steep = max(float(one.gradient.norm()) for one in (whole, apart))
+    size = max(whole.largest, apart.largest, steep * whole.length)
+    if size <= noise:
+        return False
+    error = float((whole.gradient - apart.gradient).norm())
+    if not abs(value - mean) <= max(tolerance * max(whole.largest, apart.largest), noise * size):
+        got = f"whose value for {rows} samples is {value:.4g} and whose mean over parts of them is {mean:.4g}"
+    elif not error <= max(tolerance * steep, noise * size / max(whole.length, 1e-30)):
+        got = f"whose gradient for {rows} samples is not the mean over parts of them, by {error / steep:.0%}"
+    else:
+        return True
+    raise ValueError(f"backward: expected a loss that is a mean over samples with separable=True, got one {got}. Leave separable out.")
+
+
+def _moved(value: Tensor, rows: int, seed: int) -> Tensor:
+    """So many embeddings, each one of those given, turned at random and as long as before."""
+    exact, generator = at_least_fp32(value.detach()), torch.Generator().manual_seed(seed)
+    exact = exact[torch.randint(len(exact), (rows,), generator=torch.Generator().manual_seed(0)).to(exact.device)]
     norm = torch.linalg.vector_norm(exact, dim=1, keepdim=True)
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(exact)
+    noise = torch.randn(exact.shape, generator=generator).to(exact)
     moved: Tensor = norm * unit_rows(unit_rows(exact) + unit_rows(noise))
     return moved.to(value.dtype)
-
-
-def _rows(embeddings: Embeddings, rows: slice) -> Embeddings:
-    return Embeddings(*(None if value is None else value[rows].clone().requires_grad_() for value in embeddings))
-
-
-def _kind(loss: Any, depth: int = 4) -> Any:
-    """What tells one loss from another: code of functions and of those that they hold, names and switches, types of all else."""
-    if isinstance(loss, (str, bool)):
-        return loss
-    if depth and isinstance(loss, partial):
-        held = [loss.func, *loss.args, *loss.keywords.values()]
-        return partial, tuple(_kind(one, depth - 1) for one in held)
-    if depth and isinstance(loss, MethodType):
-        return _kind(loss.__func__, depth - 1), type(loss.__self__)
-    if depth and isinstance(loss, FunctionType):
-        held = [cell.cell_contents for cell in loss.__closure__ or () if _filled(cell)]
-        held += [*(loss.__defaults__ or ()), *(loss.__kwdefaults__ or {}).values()]
-        return loss.__code__, tuple(_kind(one, depth - 1) for one in held)
-    return type(loss)
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

@@ -59,8 +59,9 @@ def backward(
         parameters: tensors that require grad and that ``loss_fn`` uses outside of ``encode``, such as the logit scale. Their
             gradient enters in the last chunk's backward pass, so that DDP sees it. Those that ``loss_fn`` does not use get zero.
         separable: the loss is a mean over samples: one pass, each chunk's loss weighted by its share of the batch. Terms that say they
-            are no such mean are refused. Any other function is tried once on random embeddings: its value for some rows must be the
-            mean of those for their halves. ``"unchecked"`` leaves the trial out, for a function that counts how often it is called.
+            are no such mean are refused. Any other function is tried once on random embeddings: its value and gradient for the batch must
+            be the mean of those for the chunks, and for two unequal parts. One that draws random numbers cannot be tried and warns.
+            ``"unchecked"`` leaves the trial out, for a function that counts how often it is called.
         scale: applied to the loss once, ``GradScaler.scale`` say.
         sync: False on all but the last call of an optimizer step. That call must see every parameter that is trained: let its
             ``parameters`` name the logit scale also where only the step's other losses use it.
@@ -330,7 +331,7 @@ def _separable(
         raise ValueError(f"backward: expected one encode and batch with separable=True, got {len(parts)} parts. Encode both in one.")
     rows, total = _rows(parts[0][1]), None
     widths: Embeddings | None = None
-    one_pass, tried, kept = SeparablePass(rows), tried or len(chunks) == 1, []
+    one_pass, tried = SeparablePass(rows), tried or sum(not chunk.idle for chunk in chunks) == 1
     for k, chunk in enumerate(chunks):
         share, last = _rows(chunk.batch) / rows, k == len(chunks) - 1
         with torch.enable_grad(), _refusing_batch_norm(model, len(chunks) > 1), _synchronised(model, sync and last):
@@ -347,11 +348,9 @@ def _separable(
                     loss = share * check_scalar("backward", loss_fn(embeddings, index))
             _check_reached(loss, embeddings)
             if not tried and not chunk.idle:
-                kept.append(Embeddings(*(None if value is None else value.detach() for value in embeddings)))
-                known = _merged([kept])
-                if tried := chunk.start + len(index) > 1:
-                    held = torch.arange(chunk.start + len(index), device=device)
-                    try_once(loss_fn, known, held, one_pass, _devices(chunks, model, parameters))
+                sizes = [_rows(one.batch) for one in chunks if not one.idle]
+                try_once(loss_fn, embeddings, sizes, one_pass, _devices(chunks, model, parameters))
+                tried = True
             _seen(scale(loss), parameters if last else ()).backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:  # excluded by check_chunks

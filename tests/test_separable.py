@@ -1,5 +1,8 @@
 """A loss that is no mean over samples is not taken chunk by chunk: terms that say so, and functions that are tried."""
 
+import random
+import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import contract
@@ -115,6 +118,12 @@ OTHERS = {
     "batch statistics": head_with_batch_statistics,
     "weighted mean": lambda e, i: (e.image.square().sum(1) * (1 + i)).sum() / (1 + i).sum(),
     "relative to the batch": lambda e, i: F.mse_loss(e.image.norm(dim=1) / e.image.norm(dim=1).mean(), e.text.norm(dim=1)),
+    "root": lambda e, i: e.image.square().mean().sqrt(),
+    "some labels left out": lambda e, i: F.cross_entropy(e.image, torch.where(i % 3 == 0, -100, i % WIDTH)),
+    "labels of other rows": lambda e, i: F.cross_entropy(e.image, torch.arange(len(i))),
+    "means of classes": lambda e, i: sum(e.image[i // 3 == c].square().mean() for c in (i // 3).unique()) / len((i // 3).unique()),
+    "divided by its value": lambda e, i: (lambda loss: loss / loss.detach())(e.image.square().mean()),
+    "beside a large number": lambda e, i: 1e5 + e.image.square().mean().sqrt(),
     "partial": partial(lambda s, e, i: info_nce(Embeddings(s * e.image, e.text), i), 0.5),
 }
 
@@ -128,9 +137,8 @@ def test_functions_that_are_no_mean_are_refused_each_time(name, chunk_size, dtyp
         refused(ValueError, "expected a loss that is a mean over samples .* Leave separable out", loss_fn, chunk_size=chunk_size)
 
 
-def test_chunks_of_one_sample_are_tried_two_at_a_time():
-    with pytest.raises(ValueError, match="expected a loss that is a mean over samples"):
-        run(info_nce, chunk_size=1)
+def test_chunks_of_one_sample():
+    refused(ValueError, "expected a loss that is a mean over samples", info_nce, chunk_size=1)
 
 
 def test_one_helper_around_several_losses_is_tried_with_each():
@@ -140,6 +148,56 @@ def test_one_helper_around_several_losses_is_tried_with_each():
     for _ in range(2):
         assert run(around(lambda e, i: e.image.square().mean())).any()
         refused(ValueError, "expected a loss that is a mean over samples", around(info_nce))
+
+
+class Reduced(nn.Module):
+    """Mean or sum, as it is told."""
+
+    def __init__(self, reduction):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, e, index):
+        return getattr(e.image.square().sum(dim=1), self.reduction)()
+
+    def method(self, e, index):
+        return self(e, index)
+
+
+def in_a_global(reduction):
+    globals()["_reduced"] = Reduced(reduction)
+    return lambda e, i: _reduced(e, i)  # noqa: F821
+
+
+TOLD = {
+    "module": Reduced,
+    "method": lambda reduction: Reduced(reduction).method,
+    "module of torch": lambda reduction: partial(lambda loss, e, i: loss(e.image, e.text), nn.MSELoss(reduction=reduction)),
+    "dictionary": lambda reduction: lambda e, i, options={"reduction": reduction}: F.mse_loss(e.image, e.text, **options),
+    "number": lambda reduction: lambda e, i, mean=int(reduction == "mean"): e.image.square().sum() / (len(i) if mean else 1.0),
+    "global": in_a_global,
+    "switched": lambda reduction, one=Reduced("mean"): (setattr(one, "reduction", reduction), one)[1],  # noqa: B008
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_one_code_that_is_told_what_to_do_is_tried_for_each(name):
+    for _ in range(2):
+        assert run(TOLD[name]("mean")).any()
+        refused(ValueError, "expected a loss that is a mean over samples", TOLD[name]("sum"))
+
+
+@pytest.mark.parametrize("loss", ["surrogate", "nothing but rounding", "cut off", "beside a large number"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_of_unusual_value_are_taken(loss, dtype):
+    """Their value or their gradient is 0 but for rounding."""
+    losses = {
+        "surrogate": lambda e, i: (lambda each: each - each.detach())((e.image * e.text.detach()).sum(dim=1).mean()),
+        "nothing but rounding": lambda e, i: (1 - F.cosine_similarity(e.image, e.image.detach())).mean(),
+        "cut off": lambda e, i: F.relu(-e.image.square().sum(dim=1)).mean(),
+        "beside a large number": lambda e, i: 1e5 + e.image.square().mean(),
+    }
+    run(losses[loss], dtype=dtype, rows=13)
 
 
 def test_zero_at_the_start_hides_nothing():
@@ -156,7 +214,7 @@ def test_zero_at_the_start_hides_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_means_are_tried_once_and_leave_no_trace(dtype, monkeypatch):
     """Neither in the random numbers nor in what terms collect; the gradient is that of the whole batch."""
-    monkeypatch.setattr("geomreg.separable._tried", set())
+    monkeypatch.setattr("geomreg.separable._tried", {})
     keep, calls = DiVE(decay=0.5), []
     known = Embeddings(*(1.1 * value.detach() for value in Towers(dtype)(batch(dtype=dtype))))
 
@@ -170,9 +228,9 @@ def test_means_are_tried_once_and_leave_no_trace(dtype, monkeypatch):
     found = run(loss_fn, chunk_size=4, towers=towers, dtype=dtype)
     assert torch.equal(torch.get_rng_state(), state)
     assert keep.pending_count == 2 * ROWS
-    assert calls == [4, 4, 2, 2, 3]
+    assert calls == [4, 7, 4, 3, 2, 5, 7, 3]
     again = run(loss_fn, chunk_size=4, dtype=dtype)
-    assert calls[5:] == [4, 3]
+    assert calls[8:] == [4, 3]
     towers = Towers(dtype)
     loss_fn(towers(batch(dtype=dtype)), torch.arange(ROWS)).backward()
     expected = torch.cat([p.grad.flatten() for p in towers.parameters()])
@@ -180,19 +238,34 @@ def test_means_are_tried_once_and_leave_no_trace(dtype, monkeypatch):
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_loss_that_draws_random_numbers_is_not_tried():
-    """Its halves would draw others; random numbers go on as without the trial."""
+def test_the_trial_is_not_recorded_by_balanced_weights():
+    recorded = []
+    for separable in (True, "unchecked"):
+        balanced = BalancedWeight(0.3)
+        keep = WeightedSum(a=(balanced, FeatureDistillation()))
+        run(lambda e, i, keep=keep: keep.watch_task(e).image.square().mean(), separable=separable)
+        recorded.append(balanced.pending)
+    assert torch.equal(*recorded)
+    assert recorded[0].any()
+
+
+@pytest.mark.parametrize("draw", ["torch", "python"])
+def test_a_loss_that_draws_random_numbers_is_not_tried_but_warns_once(draw):
+    """Its parts would draw others; random numbers of torch go on as without the trial."""
 
     def noisy(e, index):
-        return F.dropout(e.image, 0.5).square().mean()
+        return (F.dropout(e.image, 0.5) if draw == "torch" else random.random() * e.image).square().mean()
 
     gradients = []
-    for separable in (True, "unchecked"):
+    for separable in (True, True, "unchecked"):
         towers = Towers()
         torch.manual_seed(5)
-        gradients.append(run(noisy, towers=towers, separable=separable))
-    found, expected = gradients
-    assert torch.equal(found, expected)
+        said = pytest.warns(UserWarning, match="one that draws random numbers") if not gradients else nullcontext()
+        with said, warnings.catch_warnings():
+            warnings.simplefilter("error" if gradients else "always")
+            gradients.append(run(noisy, towers=towers, separable=separable))
+    if draw == "torch":
+        assert all(torch.equal(one, gradients[-1]) for one in gradients)
 
 
 def test_unchecked_is_called_for_the_chunks_alone():

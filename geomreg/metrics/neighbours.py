@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomreg.checks import check_below, check_count, check_directions, check_option, check_same_samples
+from geomreg.checks import check_below, check_collapse, check_count, check_directions, check_option, check_same_samples
 from geomreg.metrics.base import PairedMetric
 from geomreg.metrics.tiles import ROWS, squared_distances
 
@@ -41,8 +41,8 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int, metric: str = "inner", per_sampl
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: fewer than 3 samples, k not in [1, N - 1], different numbers of samples, NaN or infinity, a zero vector under
-            ``"cosine"``.
+        ValueError: fewer than 3 samples, k not in [1, N - 1], different numbers of samples, NaN or infinity, rows that are
+            all equal in both, a zero vector under ``"cosine"``.
 
     Deviations:
         platonic-rep leaves ties to argsort.
@@ -62,6 +62,7 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int, metric: str = "inner", per_sampl
     check_same_samples(name, labels, (x, y), minimum=3)
     check_below(name, "k", k, len(x), "samples")
     ready = [_prepared(name, label, value, metric) for label, value in zip(labels, (x, y), strict=True)]
+    check_collapse(name, "x or y", all(_collapsed(one) for one in ready))  # ties would make any two such spaces agree
     shares = torch.empty(len(x), dtype=torch.float64, device=x.device)
     rows = max(1, 4 * ROWS**2 // len(x))
     for start in range(0, len(x), rows):
@@ -73,6 +74,11 @@ def mutual_knn(x: Tensor, y: Tensor, *, k: int, metric: str = "inner", per_sampl
 
 def _prepared(name: str, label: str, value: Tensor, metric: str) -> Tensor:
     return check_directions(name, label, value) if metric == "cosine" else value.detach().double()
+
+
+def _collapsed(rows: Tensor) -> bool:
+    """Rows that differ by rounding alone."""
+    return bool((rows - rows[0]).abs().max() <= 1e-12 * rows.abs().max())
 
 
 def _neighbours(rows: Tensor, own: Tensor, k: int, metric: str) -> Tensor:

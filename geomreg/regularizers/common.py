@@ -10,7 +10,7 @@ from geomreg.checks import check_embeddings, check_paired_embeddings, check_pair
 from geomreg.precision import at_least_fp32, full_precision
 from geomreg.types import Embeddings
 
-__all__ = ["chosen", "nothing", "pairs", "summed", "unit", "unit_along", "unit_rows"]
+__all__ = ["chosen", "nothing", "pairs", "sized", "summed", "unit", "unit_along", "unit_rows"]
 
 
 def unit_rows(value: Tensor) -> Tensor:
@@ -41,6 +41,15 @@ def unit_along(value: Tensor, axis: int, eps: float = 0.0) -> Tensor:
     scaled = scale * value
     norm: Tensor = torch.linalg.vector_norm(torch.where(there, scaled, 1.0), dim=axis, keepdim=True)
     return scaled / (norm + eps * scale)
+
+
+def sized(value: Tensor) -> Tensor:
+    """All rows times one power of two, so that the largest entry is about 1 and squares neither overflow nor vanish."""
+    largest = value.detach().abs().max()
+    there = ~nothing(largest) & largest.isfinite()
+    power = torch.log2(torch.where(there, largest, 1.0)).floor().clamp(max=_largest_power(value.dtype))
+    scaled: Tensor = value * torch.exp2(-power)
+    return scaled
 
 
 def unit(embeddings: Embeddings) -> Embeddings:

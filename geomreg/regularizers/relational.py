@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from geomreg.checks import check_count, check_modalities, check_pair, check_rows
 from geomreg.distributed import gathered_rows
 from geomreg.precision import at_least_fp32, full_precision
-from geomreg.regularizers.common import chosen, nothing, summed, unit_along
+from geomreg.regularizers.common import chosen, nothing, sized, summed, unit_along
 from geomreg.types import Embeddings
 
 __all__ = ["RelationalAngle", "RelationalDistance", "relational_angle_loss", "relational_distance_loss"]
 
-_CLOSEST = 1e-6  # coincident rows count as this far apart, as in the authors' code
+_CLOSEST = 1e-6  # coincident rows count as this far apart, as in the authors' code, but of the longest row
 
 
 def relational_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -44,7 +44,8 @@ def relational_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: numbers of rows or devices differ, fewer than two rows, the teacher requires grad.
 
     Deviations:
-        Distances from differences, not from inner products; coincident rows count as 1e-6 apart in both.
+        Distances from differences, not from inner products; coincident rows count as 1e-6 of the longest row apart in both, not as 1e-6,
+        which would make all small embeddings equal.
 
     Example:
         >>> import torch
@@ -65,7 +66,9 @@ def relational_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _relative_distances(x: Tensor) -> Tensor:
     """Distances of the B (B - 1) / 2 pairs divided by their mean."""
-    distances = torch.pdist(x).clamp(min=_CLOSEST)
+    x = sized(x)
+    longest = torch.linalg.vector_norm(x.detach(), dim=1).max()
+    distances = torch.pdist(x).clamp(min=_CLOSEST * torch.where(longest == 0, 1.0, longest))
     return distances / distances.mean()
 
 

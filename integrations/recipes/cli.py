@@ -106,7 +106,10 @@ def _run(arguments: list[str]) -> int:
     command, options, _ = commands[values.command]
     given = vars(values[values.command])
     if given.get("resume") == "never" and (given["output"] / "config.json").exists():
-        raise ValueError(f"finetune: expected no run in {given['output']} with --resume never, got one. Choose another folder, or auto.")
+        raise ValueError(
+            f"finetune: expected no run in {given['output']} with --resume never, got one. Delete the folder to begin afresh, "
+            "choose another, or go on with --resume auto."
+        )
     command(options(**{field.name: given[field.name] for field in dataclasses.fields(options)}))
     return 0
 

@@ -78,8 +78,9 @@ def to_transformers(model: nn.Module, config: dict[str, Any], folder: Path, *, t
     """Write what ``CLIPModel``, ``AutoProcessor`` and ``AutoTokenizer`` of transformers load, for CLIP with plain ViT and text transformer.
 
     The export is loaded again and compared with the model on a few texts and pictures before it takes the folder's name, see
-    :func:`~geomreg.integrations.recipes.selfcheck.check_transformers`. transformers' tokenizer does not mend broken Unicode and HTML
-    entities in texts as open_clip's does.
+    :func:`~geomreg.integrations.recipes.selfcheck.check_transformers`. transformers' tokenizer does not straighten curly quotes and
+    mend broken Unicode and HTML entities in texts as open_clip's does, and its processor reads pictures by ``convert("RGB")``, whatever
+    ``config["images"]`` says: see :func:`~geomreg.integrations.recipes.data.images.load_rgb`.
 
     Args:
         model: open_clip ``CLIP`` without adapters.

@@ -18,6 +18,9 @@ belongs to the c-th name in ``classes.json``. With open_clip and safetensors alo
         logits = image @ head["weight"].T + head["bias"]
     print(classes[logits.argmax().item()])
 
+A picture with transparency, an orientation or 16 bits is read as in training by ``load_rgb("picture.png")`` of
+:mod:`geomreg.integrations.recipes.data.images`, in the place of ``Image.open``.
+
 :func:`load_head` gives it as two ``nn.Linear`` and the names.
 """
 

@@ -137,6 +137,8 @@ NAN[1, 2] = math.nan
 ZERO = GOOD.clone()
 ZERO[2] = 0
 
+COLLAPSED = "x or y embeddings that differ"
+
 
 @pytest.mark.parametrize(
     ("x", "y", "options", "expected", "got"),
@@ -148,6 +150,11 @@ ZERO[2] = 0
         (GOOD, GOOD, {"k": 0}, "k as a whole number >= 1", "0"),
         (GOOD, GOOD, {"k": 1.5}, "k as a whole number >= 1", r"1\.5"),
         (GOOD, ZERO, {"metric": "cosine"}, "y embeddings with a direction", "a zero vector"),
+        *(
+            (GOOD[:1].expand(5, 4), 2 * GOOD[:1].expand(5, 4) + 1e-14 * GOOD, {"metric": metric}, COLLAPSED, "equal ones alone")
+            for metric in ("inner", "cosine", "euclidean")
+        ),
+        (0 * GOOD, 0 * GOOD, {}, COLLAPSED, "equal ones alone"),
         (GOOD, GOOD, {"metric": "l1"}, "metric to be one of 'inner', 'cosine', 'euclidean'", "'l1'"),
     ],
 )

@@ -178,3 +178,18 @@ def test_angles_of_rows_that_nearly_coincide_have_a_gradient(apart, options):
     limit = far.clone()
     limit[1] *= 1e-5
     assert value.item() == pytest.approx(relational_angle_loss(limit, teacher, **options).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [-30, -20, -12, -7, 8, 20, 30])
+def test_embeddings_of_any_size(kind, dtype, power):
+    """Free of units: small embeddings that differ are not equal, and squares of large ones do not overflow."""
+    student, teacher = (one.image.detach().to(dtype) for one in random_pair(5, 3))
+    expected = LOSSES[kind](student, teacher)
+    resized = (10.0**power * student).requires_grad_()
+    found = LOSSES[kind](resized, 10.0**power * teacher)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+    (gradient,) = torch.autograd.grad(found, resized)
+    assert gradient.isfinite().all()
+    assert gradient.any()

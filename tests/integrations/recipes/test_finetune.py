@@ -1250,7 +1250,7 @@ def test_the_command_ends_with_the_model_and_warns_on_one_line(data, tmp_path, c
     with pytest.warns(UserWarning, match="warm-up"):
         assert main(given) == 0
     assert main([*given, "--resume", "never"]) == 2
-    assert "with --resume never, got one. Choose another folder, or auto." in capsys.readouterr().err
+    assert "with --resume never, got one. Delete the folder to begin afresh, choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
