@@ -123,7 +123,6 @@ class BalancedWeight(nn.Module):
     weight: Tensor
     norms: Tensor
     steps: Tensor
-    pending: Tensor
 
     def __init__(self, ratio: float, *, initial: float = 1.0, warmup: int = 100, cap: float = 1e4, decay: float = 0.99) -> None:
         super().__init__()
@@ -135,7 +134,7 @@ class BalancedWeight(nn.Module):
         self.register_buffer("weight", torch.tensor(float(initial)))
         self.register_buffer("norms", torch.zeros(2))  # averages of the task's and the term's norm, not yet bias-corrected
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("pending", torch.zeros(2), persistent=False)  # squared norms since the last step
+        self.pending = torch.zeros(2)  # squared norms since the last step; no buffer: DDP copies those of rank 0 to the others
         self.recorded: set[int] = set()  # which of the two came in since the last step
         self._idle, self._warned = 0, False
 
@@ -174,6 +173,7 @@ class BalancedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BalancedWeight":
         apply_keeping_fp32(self, partial(super()._apply, fn, recurse))
+        self.pending = self.pending.to(self.weight.device)
         return self
 
     def extra_repr(self) -> str:

@@ -30,7 +30,7 @@ from geomreg import (
     backward,
     recompute_statistics,
 )
-from geomreg.distributed import gathered_rows
+from geomreg.distributed import gathered_rows, weighted_by_rows
 from geomreg.functional import contrastive_loss
 from geomreg.schedules import BalancedWeight
 
@@ -209,6 +209,34 @@ def balanced_weight(ranks):
     return keep.balanced["fd"].weight
 
 
+class Whole(nn.Module):
+    """Student, teacher and terms in one module, as Lightning has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.towers, self.teacher = Towers(), Teacher(Towers(seed=1), lambda model, batch: model(*batch))
+        self.keep = WeightedSum(dive=(BalancedWeight(0.3, warmup=1, decay=0.5), DiVE(decay=0.5)))
+
+    def forward(self, batch):
+        seen = self.keep.watch_task(self.towers(*batch))
+        task = weighted_by_rows([((seen.image - seen.text).square().sum(1).mean(), len(seen.image))])
+        return task + self.keep(self.towers(*batch), self.teacher(batch))
+
+
+def within_one_module(ranks, wrap=lambda model: model):
+    """Running mean and balanced weight after each step of two backward passes through it."""
+    whole, record = Whole(), []
+    module, optimizer = wrap(whole), torch.optim.SGD(whole.towers.parameters(), lr=0.02)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(2):
+            module(data(10 * step + part, ranks, RAGGED)).backward()
+        optimizer.step()
+        whole.keep.step()
+        record.append(torch.cat([whole.keep.regularizers.dive.mean, whole.keep.balanced["dive"].weight[None]]))
+    return record
+
+
 class Scaled(Towers):
     """Towers with a logit scale, which their forward does not use."""
 
@@ -380,6 +408,7 @@ def work(rank, folder):
         result["sharded"] = sharded(rank)
         result["unequal chunks"] = unequal_chunks(rank, sharding=True)
         result["balanced"] = balanced_weight([rank])
+        result["within one module"] = within_one_module([rank], DistributedDataParallel)
         result["refused"] = refused(AverageVectorLoss, rank)
         torch.save(result, folder / f"{rank}.pt")
     finally:
@@ -481,6 +510,13 @@ def test_evaluation_on_one_process_alone(results):
     for name, value in results[0]["alone"].items():
         if name not in STATEFUL:
             close(value, trained(name, [0], rows=RAGGED)[0]["loss"], 1e-12)
+
+
+def test_terms_within_the_module_that_ddp_wraps(results):
+    """DDP copies the buffers of rank 0 to the others before each forward pass: none may hold what a process collected."""
+    for step, expected in enumerate(within_one_module(range(RANKS))):
+        for result in results:
+            close(result["within one module"][step], expected, 1e-6)
 
 
 def test_running_statistics_equal_one_process(results):

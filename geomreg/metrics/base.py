@@ -53,7 +53,15 @@ class EmbeddingMetric(Metric):
         for key in kwargs:  # of torchmetrics, or misspelled
             if near := difflib.get_close_matches(key, own, n=1):
                 raise TypeError(f"{type(self).__name__}: expected options that it has, got {key}. Did you mean {near[0]}?")
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except ValueError as error:
+            if not str(error).startswith("Unexpected keyword"):
+                raise
+            raise TypeError(
+                f"{type(self).__name__}: expected options that it or torchmetrics' Metric has, got {', '.join(kwargs)}. "
+                f"It has {', '.join(name for name in own if name != 'kwargs') or 'none of its own'}."
+            ) from error
         super().set_dtype(torch.float64)  # of the empty states of a process without samples
         for state in states:
             self.add_state(state, default=[], dist_reduce_fx="cat")

@@ -112,8 +112,6 @@ class AverageVectorLoss(nn.Module):
     """
 
     mean: Tensor
-    pending_sum: Tensor
-    pending_count: Tensor
 
     def __init__(self, *, decay: float = 0.99, update: str = "after", normalize: bool = True) -> None:
         super().__init__()
@@ -121,8 +119,7 @@ class AverageVectorLoss(nn.Module):
         check_option(self._name, "update", update, ("after", "before"))
         self.decay, self.update, self.normalize = decay, update, normalize
         self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("pending_sum", torch.zeros(()), persistent=False)
-        self.register_buffer("pending_count", torch.zeros(()), persistent=False)
+        self.pending_sum, self.pending_count = torch.zeros(()), torch.zeros(())  # no buffers: DDP copies those of rank 0 to the others
         self._forwards, self._warned = 0, False
 
     @property
@@ -219,6 +216,7 @@ class AverageVectorLoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AverageVectorLoss":
         apply_keeping_fp32(self, partial(super()._apply, fn, recurse))
+        self.pending_sum, self.pending_count = (value.to(self.mean.device) for value in (self.pending_sum, self.pending_count))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -21,6 +21,7 @@ from geomreg.integrations.recipes.data import (
 )
 from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.models import ModelConfig
+from geomreg.integrations.recipes.option_types import check_names, typed
 from geomreg.integrations.recipes.train import RECORDED
 
 __all__ = ["READERS", "Config", "DataConfig", "MethodConfig", "MonitorConfig", "TermConfig", "TrainConfig", "check_options"]
@@ -70,7 +71,8 @@ class DataConfig:
         if self.kind == "random_texts" and self.modalities not in (None, ("text",)):
             raise ValueError(f"DataConfig: expected random_texts with modalities [text], got {list(self.modalities or ())}.")
         reader = READERS.get(self.kind, RandomTexts)
-        check_options(f"options of {self.kind}", self.options, reader, (next(iter(inspect.signature(reader).parameters)), *_OURS))
+        name, reserved = f"options of {self.kind}", (next(iter(inspect.signature(reader).parameters)), *_OURS)
+        object.__setattr__(self, "options", check_options(name, self.options, reader, reserved))
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class MethodConfig:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        check_names("a term", (*self.terms, *self.target_terms))
         if both := self.terms.keys() & self.target_terms.keys():
             raise ValueError(
                 f"MethodConfig: expected terms and target_terms of different names, got {sorted(both)[0]!r} twice. Rename one."
@@ -309,6 +312,7 @@ class Config:
             raise ValueError(f"Config: expected reference data for the method's terms, got {got} ({self.method.name}). Set both or none.")
         if (self.method.teacher == "cached") != (self.method.cache is not None):
             raise ValueError("Config: expected method.cache with method.teacher=cached, got one without the other. Set both or none.")
+        check_names("an evaluation", self.evaluation)
         uses = {f"the evaluation {name}": data for name, data in self.evaluation.items()}
         if self.probe is not None:
             uses["the probe"] = self.probe
@@ -360,8 +364,8 @@ def _check_unused(config: Config) -> None:
             raise ValueError(f"Config: expected captions of the target alone, got {name}.captions. Leave it out.")
 
 
-def check_options(name: str, options: Mapping[str, Any], owner: type[Any], reserved: tuple[str, ...] = ()) -> None:
-    """Keyword arguments that the constructor has, all that it needs, and none that are the caller's own."""
+def check_options(name: str, options: Mapping[str, Any], owner: type[Any], reserved: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keyword arguments that the constructor has, of the types that it takes, all that it needs, and none that are the caller's own."""
     known = {key: parameter for key, parameter in inspect.signature(owner).parameters.items() if key not in reserved}
     for key in options:
         if key not in known:
@@ -373,3 +377,4 @@ def check_options(name: str, options: Mapping[str, Any], owner: type[Any], reser
             raise ValueError(
                 f"{name}: expected the option {key} of {owner.__name__}, got none. Set options.{key} (--target.options.{key} for a target)."
             )
+    return typed(name, options, owner)

@@ -119,6 +119,7 @@ def caption_facts(dataset: Any, tokenizer: Callable[..., Any] | None, most: int 
     counts = Counter(texts)
     repeated = sum(count for count in counts.values() if count > 1)
     told = f"captions, {_part(rows, dataset)}: {_number(len(found) - len(texts))} empty, {_number(repeated)} repeated"
+    told += "" if len(rows) == len(dataset) else " within these"  # in the whole there may be more
     told += _cut(list(counts), tokenizer, counts)
     return told, (len(found) - len(texts), len(rows), "" if empty is None else f"{dataset.ids[empty]}: empty caption")
 

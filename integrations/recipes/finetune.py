@@ -437,8 +437,8 @@ def regularizer_of(terms: Mapping[str, TermConfig], model: nn.Module) -> Weighte
             given = (getattr(model.visual, "proj", None), getattr(model, "text_projection", None))
             if not all(isinstance(one, nn.Parameter) for one in given):
                 raise ValueError(f"{name}: expected a CLIP with linear projections, got {type(model).__name__}. Use another term.")
-        check_options(name, config.options, owner, tuple(list(inspect.signature(owner).parameters)[: len(given)]))
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+        taken = check_options(name, config.options, owner, tuple(list(inspect.signature(owner).parameters)[: len(given)]))
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}
         if config.term == "ContrastiveReplay" and getattr(model, "logit_bias", None) is not None:
             options = {"form": "sigmoid", **options}  # as the model was trained
         term = owner(*given, **options)

@@ -32,6 +32,7 @@ from geomreg.shards import write_file
 __all__ = ["Log", "as_json", "check_folder", "check_trackers", "claim", "described", "release"]
 
 NOT_FINITE = "not-finite.txt"  # in the folder of a run that ended so: what was said
+_LOCK = ".lock"
 _ADVICE = "Restore it, or use another output folder."
 _CHANGES_NOTHING = re.compile(
     r"output|device|trackers|transformers|ensemble|train\.(workers|save_every)|model\.learning_rates"
@@ -89,8 +90,9 @@ def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any]) -> 
 
 
 def _claim(config: Config, data: Mapping[str, Any]) -> None:
-    config.output.mkdir(parents=True, exist_ok=True)
-    _lock(config.output)
+    with writing("finetune", config.output / _LOCK):
+        config.output.mkdir(parents=True, exist_ok=True)
+        _lock(config.output)
     check_folder(config)  # again: a moment ago others could write
     found = described(data)
     if (config.output / "config.json").is_file():
@@ -120,7 +122,7 @@ def release() -> None:
 def _lock(folder: Path) -> None:
     """Until :func:`release`, the next run of this process, or its end."""
     release()
-    lock = Lock.take(folder / ".lock")
+    lock = Lock.take(folder / _LOCK)
     if lock is None:
         raise RuntimeError(
             f"finetune: expected {folder} for this command alone, got another one that is at work there. Wait for its end, or use "

@@ -5,21 +5,25 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from geomreg.integrations.recipes.config import Config
 from geomreg.integrations.recipes.evaluate import interval
 from geomreg.units import duration_text, size_text
 
-__all__ = ["advice", "base_lines", "check_batches", "check_learning_rate", "take_steps"]
+__all__ = ["LIMIT", "advice", "base_lines", "check_batches", "check_learning_rate", "take_steps", "unusual_weights"]
 
 LIMIT = 1_000  # samples of an evaluation of the base model
 _STEPS = 4
 _LONGEST = 8  # regularize_every up to which a regularized step beside the first is waited for
 LOW, HIGH = 0.01, 25.0  # gradient ratio at the full learning rate: the terms do nothing, nothing else does anything
 _RISE = 1.5  # times the first loss
+_FAR_OFF = 10.0  # times the usual weight of a term, or the usual by it
+_METHODS = Path(__file__).parent / "configs" / "method"
 _FAR = 3.0  # times the highest usual learning rate of a model, or the lowest by it
 
 
@@ -43,7 +47,10 @@ def take_steps(run: Any) -> list[str]:
     if (ratio := _ratio(entries, every)) is not None:
         told += f", gradient ratio {ratio:.2g}"
     lines.append(f"first {steps} steps, at the full learning rate: {told}")
-    return lines + advice(entries, every, trains=run.config.train.learning_rate)
+    lines += advice(entries, every, trains=run.config.train.learning_rate) + unusual_weights(run.config)
+    if not run.config.evaluation and run.config.probe is None:
+        lines.append("! no evaluation and no probe: nothing will say what is learned and what is forgotten")
+    return lines
 
 
 def advice(entries: Sequence[Mapping[str, float]], every: int, *, trains: float) -> list[str]:
@@ -76,6 +83,31 @@ def _ratio(entries: Sequence[Mapping[str, float]], every: int) -> float | None:
     """The gradient ratio of the last regularized step, a mean over all steps; None where that is the first alone, or not defined."""
     known = [entry["gradient_ratio"] / every for entry in entries[every::every] if "gradient_ratio" in entry]
     return known[-1] if known and known[-1] == known[-1] else None
+
+
+def unusual_weights(config: Config) -> list[str]:
+    """What to do where a term weighs far more or less than in the methods that come with geomreg.
+
+    A term whose weight is too low shows it late: the gradient of most is 0 where student and teacher are equal.
+    """
+    usual: dict[str, list[float]] = {}
+    for file in sorted(_METHODS.glob("*.yaml")):
+        for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["method"].get("terms", {}).values():
+            usual.setdefault(entry["term"], []).append(float(entry["weight"]))
+    lines = []
+    for name, term in {**config.method.terms, **config.method.target_terms}.items():
+        known = usual.get(term.term, [])
+        if known and term.weight and term.options.get("normalize", True):
+            told = " to ".join(f"{value:g}" for value in sorted({min(known), max(known)}))
+            if term.weight * _FAR_OFF <= min(known):
+                lines.append(
+                    f"! the weight {term.weight:g} of {name} is far below what is usual for {term.term}, {told}: little will be kept"
+                )
+            if term.weight >= _FAR_OFF * max(known):
+                lines.append(
+                    f"! the weight {term.weight:g} of {name} is far above what is usual for {term.term}, {told}: little will be learned"
+                )
+    return lines
 
 
 def base_lines(scores: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> list[str]:

@@ -244,6 +244,17 @@ def test_bootstrapper(kind, options):
 
 
 @every_metric
+def test_an_option_that_nothing_has(kind, options):
+    for name in ("foo", "dist_sync_on_stp"):
+        with pytest.raises(
+            TypeError, match=rf"^{kind.__name__}: expected options that it or torchmetrics' Metric has, got {name}\. It has "
+        ):
+            kind(**options, **{name: True})
+    with pytest.raises(ValueError, match="dist_sync_on_step"):  # torchmetrics' own, of another type
+        kind(**options, dist_sync_on_step="x")
+
+
+@every_metric
 def test_plot(kind, options):
     mpl.use("agg")
     metric = updated(kind, options, 0, PAIRS)

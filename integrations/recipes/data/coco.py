@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geomreg.checks import describe
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
+from geomreg.integrations.recipes.data.sample import check_reader, check_some_image, loading_of, read_sample
 from geomreg.integrations.recipes.data.spelling import spelt_otherwise
 from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
 from geomreg.integrations.recipes.data.texts import Tokenizer
@@ -45,7 +45,7 @@ class CocoCaptions(Dataset[dict[str, Any]]):
         transform, tokenizer, modalities: as given.
 
     Raises:
-        FileNotFoundError: no such file, or the first image is not there (the others are not looked for).
+        FileNotFoundError: no such file, or neither the first image is there nor any of some others.
         ValueError: a file of another kind, an annotation of an unknown image, an id twice, no captions; with ``strict`` a broken
             image.
         TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
@@ -90,7 +90,7 @@ class CocoCaptions(Dataset[dict[str, Any]]):
                 f"CocoCaptions: expected annotations of different ids in {self.path}, got {self.ids[row]!r} twice. Remove one."
             )
         if "image" in self.modalities:
-            check_first_image("CocoCaptions", self.path, os.path.join(self.root, self._files[0]), "Pass root=, the images' folder.")
+            check_some_image("CocoCaptions", self.path, self, "Pass root=, the images' folder.")
 
     def image_file(self, index: int) -> str:
         """Path of a sample's image."""

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
+from geomreg.integrations.recipes.data.sample import check_reader, check_some_image, loading_of, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint, repeats
 from geomreg.integrations.recipes.data.table import read_columns, read_lines
 from geomreg.integrations.recipes.data.texts import Tokenizer
@@ -43,7 +43,7 @@ class Flickr8k(Dataset[dict[str, Any]]):
         transform, tokenizer, modalities: as given.
 
     Raises:
-        FileNotFoundError: no such file, or the first image is not there (the others are not looked for).
+        FileNotFoundError: no such file, or neither the first image is there nor any of some others.
         ValueError: a line of another kind, an id twice, an image of the split without captions, no captions; with ``strict`` a broken
             image.
         TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
@@ -83,7 +83,7 @@ class Flickr8k(Dataset[dict[str, Any]]):
         for row, *_ in repeats(self.ids):
             raise ValueError(f"Flickr8k: expected captions of different ids in {self.path}, got {self.ids[row]!r} twice. Remove one.")
         if "image" in self.modalities:
-            check_first_image("Flickr8k", self.path, self.image_file(0), "Pass root=, the images' folder.")
+            check_some_image("Flickr8k", self.path, self, "Pass root=, the images' folder.")
 
     def image_file(self, index: int) -> str:
         """Path of a sample's image."""

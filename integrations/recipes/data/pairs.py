@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
+from geomreg.integrations.recipes.data.sample import check_reader, check_some_image, loading_of, read_sample
 from geomreg.integrations.recipes.data.spelling import spelt_otherwise
 from geomreg.integrations.recipes.data.strings import Strings, chunks, fingerprint, repeats
 from geomreg.integrations.recipes.data.table import read_rows
@@ -60,7 +60,7 @@ class CsvPairs(Dataset[dict[str, Any]]):
         transform, tokenizer, modalities: as given.
 
     Raises:
-        FileNotFoundError: no such file, or the first image is not there (the others are not looked for).
+        FileNotFoundError: no such file, or neither the first image is there nor any of some others.
         ValueError: an empty or damaged file, a missing column, a NUL byte, an empty path or id, an id twice; with ``strict`` a
             broken sample.
         TypeError: transform or tokenizer are no functions, or the tokenizer gives something else.
@@ -117,7 +117,7 @@ class CsvPairs(Dataset[dict[str, Any]]):
         self._captions, self._paths = columns.get("caption"), columns.get("path")
         self.ids: Sequence[str] = self._ids(columns.get("id"), id_key)
         if "image" in self.modalities:
-            check_first_image("CsvPairs", self.path, self.image_file(0), "Pass root=, the images' folder.")
+            check_some_image("CsvPairs", self.path, self, "Pass root=, the images' folder.")
 
     def _ids(self, given: Strings | None, id_key: str | None) -> Strings:
         if given is not None:

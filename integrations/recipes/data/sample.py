@@ -13,7 +13,9 @@ from geomreg.integrations.recipes.data.rgb import described_loading
 from geomreg.integrations.recipes.data.texts import Tokenizer, tokenize
 from geomreg.types import Embeddings
 
-__all__ = ["Reader", "check_first_image", "check_reader", "loading_of", "read_sample"]
+__all__ = ["Reader", "check_reader", "check_some_image", "loading_of", "read_sample"]
+
+_SOME = 64  # images that are looked for where a data set is opened
 
 
 class Reader(Protocol):
@@ -37,10 +39,11 @@ def check_reader(name: str, modalities: tuple[str, ...] | None, transform: objec
     return modalities
 
 
-def check_first_image(name: str, source: str, path: str, hint: str) -> None:
-    """There is a file at ``path``; the other images are not looked for."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{name}: expected the first image of {source}, got no file {path}. {hint}")
+def check_some_image(name: str, source: str, dataset: Any, hint: str) -> None:
+    """The first image is there, or if it is missing, one of some others: then it is a broken sample, and not the folder is wrong."""
+    first = dataset.image_file(0)
+    if not any(os.path.isfile(dataset.image_file(row)) for row in range(0, len(dataset), max(1, len(dataset) // _SOME))):
+        raise FileNotFoundError(f"{name}: expected the first image of {source}, got no file {first}. {hint}")
 
 
 def loading_of(reader: Reader) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geomreg.checks import check_option
-from geomreg.integrations.recipes.data.sample import check_first_image, check_reader, loading_of, read_sample
+from geomreg.integrations.recipes.data.sample import check_reader, check_some_image, loading_of, read_sample
 from geomreg.integrations.recipes.data.strings import Strings, fingerprint
 from geomreg.integrations.recipes.data.table import read_columns
 from geomreg.integrations.recipes.data.texts import Tokenizer, check_templates, fill
@@ -122,7 +122,7 @@ class IWildCam(Dataset[dict[str, Any]]):
         self.ids = Strings.pack(files)
         self.labels, self.groups = np.array(labels), np.array(groups)
         if "image" in self.modalities:
-            check_first_image("IWildCam", path, self.image_file(0), "Pass the folder iwildcam_v2.0.")
+            check_some_image("IWildCam", path, self, "Pass the folder iwildcam_v2.0.")
 
     def class_texts(self, template: str) -> list[str]:
         """The text of each of the C classes, say for a zero-shot head."""
@@ -225,7 +225,7 @@ class FMoW(Dataset[dict[str, Any]]):
         self.ids = Strings.pack(files)
         self.labels, self.groups = np.array(labels), np.array(groups)
         if "image" in self.modalities:
-            check_first_image("FMoW", path, self.image_file(0), "Pass the folder fmow_v1.1.")
+            check_some_image("FMoW", path, self, "Pass the folder fmow_v1.1.")
 
     def class_texts(self, template: str) -> list[str]:
         """The text of each of the 62 classes, say for a zero-shot head."""

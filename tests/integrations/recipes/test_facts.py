@@ -52,7 +52,8 @@ def test_of_a_random_part(pairs, monkeypatch):
         monkeypatch.setattr(module, name, 8)
     one, two = (data_facts("target", pairs, padded_with_the_end, of_texts=True, load=True) for _ in range(2))
     assert one.lines == two.lines
-    assert all("a random 8 of 10: " in line for line in one.lines[1:3])
+    assert all("a random 8 of 10: " in line for line in one.lines[1:4])
+    assert " repeated within these, " in one.lines[3]
     found = max(found for found, _, _ in one.broken)
     assert 0 < one.share < found / 8
 

@@ -255,6 +255,14 @@ def test_one_command_at_a_time(tmp_path):
         process.kill()
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        OSError, match=rf"^finetune: expected to write {tmp_path}/file/run/\.lock, got: Not a directory\. Free some space or"
+    ):
+        claim(config(tmp_path / "file" / "run"), Accelerator(cpu=True), {})
+
+
 def test_runs_of_one_process_follow_one_another(tmp_path):
     for output in ("run", "run", "another", "run"):
         claim(config(tmp_path / output), Accelerator(cpu=True), {})

@@ -1,11 +1,13 @@
 """What the first steps show, from records made up for it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from geomreg.integrations.recipes.config import MethodConfig, TermConfig
 from geomreg.integrations.recipes.evaluate import interval
-from geomreg.integrations.recipes.trial import HIGH, LOW, advice, base_lines
+from geomreg.integrations.recipes.trial import HIGH, LOW, advice, base_lines, unusual_weights
 
 
 def entries(losses, ratios=()):
@@ -38,6 +40,26 @@ def test_advice(losses, ratios, every, told):
         assert line.startswith("! ")
         assert part in line
         assert "1e-05" in line
+
+
+@pytest.mark.parametrize(
+    ("term", "weight", "options", "told"),
+    [
+        ("DiVE", 1000.0, {}, None),
+        ("DiVE", 300.0, {}, None),
+        ("DiVE", 100.0, {}, "the weight 100 of keep is far below what is usual for DiVE, 1000: little will be kept"),
+        ("DiVE", 10.0, {"normalize": False}, None),  # of other units
+        ("AverageVectorLoss", 1e5, {}, "the weight 100000 of keep is far above what is usual for AverageVectorLoss, 1000: "),
+        ("FeatureDistillation", 50.0, {}, "the weight 50 of keep is far below what is usual for FeatureDistillation, 1000 to 2000: "),
+        ("ProjectionOrthogonality", 1e9, {}, None),  # of no method
+    ],
+)
+def test_weights_far_from_those_of_the_methods(term, weight, options, told):
+    for role in ("terms", "target_terms"):
+        method = MethodConfig("mine", **{role: {"keep": TermConfig(term, weight, options)}})
+        lines = unusual_weights(SimpleNamespace(method=method))
+        assert len(lines) == (told is not None)
+        assert all(line.startswith(f"! {told}") for line in lines)
 
 
 def test_interval():

@@ -222,10 +222,13 @@ def test_modalities(tmp_path):
     assert "image" in CsvPairs(tmp_path / "list", transform=to_tensor, tokenizer=None, modalities=("image",))[0]
 
 
-def test_only_the_first_image_is_looked_for(tmp_path):
+def test_a_missing_image_is_a_broken_sample_wherever_it_is(tmp_path):
+    """Only where none of some is there, the folder is wrong."""
     assert len(pairs(tmp_path, [*ROWS, ["nowhere.png", "x"]])) == 4
-    with pytest.raises(FileNotFoundError, match=r"^CsvPairs: expected the first image"):
-        pairs(tmp_path, [["nowhere.png", "x"], *ROWS])
+    data = pairs(tmp_path, [["nowhere.png", "x"], *ROWS])
+    assert ["broken" in data[row] for row in range(4)] == [True, False, False, False]
+    with pytest.raises(FileNotFoundError, match=r"^CsvPairs: expected the first image of .*, got no file .*/0\.png"):
+        pairs(tmp_path, [[f"{row}.png", "x"] for row in range(1000)])
 
 
 def test_worker_processes(tmp_path):
