@@ -525,8 +525,7 @@ class _Evaluation:
         model = self.run.current()
         with alone(self.run.accelerator) as main:
             sizes = {name: len(data) for name, data in self.data.items()}
-            lines = base_lines(self._measured(model, self.run.start, LIMIT), sizes) if main else []
-        return lines
+            return base_lines(self._measured(model, self.run.start, LIMIT), sizes) if main else []
 
     def after(self, step: int, *, last: bool = False) -> None:
         """Evaluate, if it is time."""

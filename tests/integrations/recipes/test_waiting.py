@@ -131,14 +131,14 @@ def on_rank(rank, port, work, folder):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     waiting.BEAT, waiting.LIMIT, waiting.GRACE, waiting.END = 0.1, 1.5, 1.0, 1.0
     one = accelerator()
-    sys.stderr = open(folder / f"{rank}.txt", "w", buffering=1)
-    try:
-        with together(one, "test", ADVICE):
-            said = work(one, one.is_main_process)
-            one.wait_for_everyone()
-    except BaseException as error:
-        said = f"{type(error).__name__} {error}".replace("\n", " ")
-    print(said, file=sys.stderr)
+    with open(folder / f"{rank}.txt", "w", buffering=1) as sys.stderr:
+        try:
+            with together(one, "test", ADVICE):
+                said = work(one, one.is_main_process)
+                one.wait_for_everyone()
+        except BaseException as error:
+            said = f"{type(error).__name__} {error}".replace("\n", " ")
+        print(said, file=sys.stderr)
     os._exit(0)
 
 
