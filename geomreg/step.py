@@ -3,6 +3,7 @@
 GradCache (Gao et al., 2021, arXiv 2101.06983) for any encoder and any loss on embeddings: target losses and regularizers alike.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from geomreg.checks import check_chunks, check_count, check_option, check_returned, check_same_rows, check_scalar, describe
 from geomreg.chunks import SeparablePass, separable_pass
-from geomreg.distributed import all_reduce_max
+from geomreg.distributed import all_reduce_max, world_size
 from geomreg.gradients import reached
 from geomreg.random_state import random_state, set_random_state
 from geomreg.separable import check_arguments, refusing_unseparable, try_once
@@ -84,6 +85,7 @@ def backward(
         Random numbers of torch are replayed, on the CPU and on the devices of batch, model and parameters; those of Python and NumPy
         are not. A term on feature maps cannot be chunked: its maps are activations. Under FSDP2, where each forward pass is a
         collective, all processes must call this together; those with fewer chunks than the others encode a row more for each, to no effect.
+        Under DDP too: where one process has several chunks, those with one encode it twice.
 
     Example:
         >>> import torch
@@ -112,7 +114,7 @@ def backward(
     if separable:
         with refusing_unseparable():
             return _separable(parts, chunks, loss_fn, model, parameters, scale, sync, tried=separable == "unchecked")
-    if len(chunks) == len(parts):  # nothing to save
+    if not _several(len(chunks) > len(parts), chunk_size, model):  # nothing to save
         with torch.enable_grad(), _synchronised(model, sync):
             embeddings = _watched(_merged([[_encoded(chunk)] for chunk in chunks]))
             loss = check_scalar("backward", loss_fn(embeddings))
@@ -223,6 +225,18 @@ def _counts(parts: list[tuple[Encode, Batch]], chunk_size: int, model: nn.Module
         return counts
     device = next(model.parameters()).device
     return [all_reduce_max(count, device) for count in counts]
+
+
+def _several(here: bool, chunk_size: int, model: nn.Module | None) -> bool:
+    """Whether a batch is encoded in several chunks, here or, under DDP, on any process.
+
+    All then encode twice: DDP's first forward pass with graph in a step may agree on its buckets with the other processes, which has to
+    come on the same side of the loss's own collectives everywhere.
+    """
+    if world_size() == 1 or not hasattr(model, "no_sync") or chunk_size == sys.maxsize:  # the last: no batch is as long
+        return here
+    device = next((value.device for value in model.parameters()), torch.device("cpu"))  # type: ignore[union-attr]
+    return bool(all_reduce_max(int(here), device))
 
 
 def _chunked(batch: Any, chunk_size: int, count: int) -> Iterator[tuple[int, Any, bool]]:

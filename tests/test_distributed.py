@@ -348,6 +348,36 @@ def unequal_chunks(rank, sharding):
     return torch.cat([(p.grad.full_tensor() if sharding else p.grad / RANKS).flatten() for p in towers.parameters()])
 
 
+class Normalised(Towers):
+    """With buffers, which DDP sends to the other processes."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.norm = nn.BatchNorm1d(6).double().eval()
+
+    def forward(self, images, texts):
+        return Embeddings(self.norm(self.image(images)), self.text(texts))
+
+
+def one_chunk_here(ranks, chunk_size, wrap=lambda model: model):
+    """Gradients, step by step, of a loss over all rows, where one process has a chunk and the other several, in turns."""
+    found, replay = [], ContrastiveReplay()
+
+    def loss(embeddings):
+        return replay(embeddings, logit_scale=2.0)
+
+    for build in (Towers, Normalised):
+        towers = build()
+        student, optimizer = wrap(towers), torch.optim.SGD(towers.parameters(), lr=0.1)
+        for step in range(4):
+            optimizer.zero_grad()
+            batch = data(step, ranks, ((2, 9), (9, 2))[step // 2])
+            backward(lambda b, student=student: student(*b), batch, loss, chunk_size=chunk_size, model=student)
+            found.append(torch.cat([p.grad.flatten() for p in towers.parameters()]))
+            optimizer.step()
+    return found
+
+
 def unequal_batch(rank):
     """Images, unique texts, and the text of each image."""
     generator = torch.Generator().manual_seed(rank)
@@ -386,6 +416,7 @@ def work(rank, folder):
         result["compiled"] = {name: trained(name, [rank], wrap, RAGGED, compiled=True) for name in COMPILED}
         result["separate"] = {name: separate(TERMS[name], rank) for name in SEPARATE}
         result["alone"] = alone(rank)
+        result["one chunk here"] = {size: one_chunk_here([rank], size, DistributedDataParallel) for size in (4, 100)}
         result["ragged chunks"] = {size: stepped([rank], size, DistributedDataParallel, rows=RAGGED) for size in (1, 4, 7, 100)}
         result["collected"] = collected([rank])
         result["accumulated"] = accumulated(rank)
@@ -501,6 +532,15 @@ def test_ragged_batches_in_chunks(results, chunk_size):
     for step in range(STEPS):
         for result in results:
             close(result["ragged chunks"][chunk_size][step], expected[step], 1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_one_chunk_on_one_process_and_several_on_the_other(results, chunk_size):
+    """The collectives of DDP (buckets in the second step, buffers) and those of the loss come in one order on both."""
+    expected = one_chunk_here(range(RANKS), 100)
+    for result in results:
+        for found, wanted in zip(result["one chunk here"][chunk_size], expected, strict=True):
+            close(found, wanted, 1e-10)
 
 
 def test_evaluation_on_one_process_alone(results):

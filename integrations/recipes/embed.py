@@ -20,6 +20,7 @@ from geomreg.integrations.recipes.models import Model, load
 from geomreg.integrations.recipes.preprocess import Preprocess
 from geomreg.integrations.recipes.streams import read
 from geomreg.integrations.recipes.train import Batch, encode
+from geomreg.integrations.recipes.waiting import alone, together
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
@@ -105,9 +106,15 @@ class Options:
 def embed_data(options: Options) -> EmbeddingCache:
     """Embed every pair of a data set with an open_clip model; see :meth:`geomreg.EmbeddingCache.build`.
 
-    Under ``torchrun`` or ``accelerate launch`` the processes share the work. Images that cannot be read are listed in skipped.txt.
+    Under ``torchrun`` or ``accelerate launch`` the processes share the work, and one that fails or is killed ends the others within
+    seconds. Images that cannot be read are listed in skipped.txt.
     """
     state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())  # on a CPU accelerate must be told
+    with together(state, "embed", "Start the same command again on all: what is finished is kept."):
+        return _embedded(options, state)
+
+
+def _embedded(options: Options, state: PartialState) -> EmbeddingCache:
     device = state.device if options.device == "auto" else torch.device(options.device)
     if device.type != state.device.type:
         raise RuntimeError(f'embed: expected to run on {options.device}, got {state.device} from accelerate. Use "auto" or "cpu".')
@@ -131,12 +138,13 @@ def embed_data(options: Options) -> EmbeddingCache:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "EmbeddingCache.build: .* could not be read")  # said below, with their names
         cache = EmbeddingCache.build(teacher, dataset, options.output, dtype=_DTYPES[options.dtype], shard_rows=shard_rows, **loading)
-    if state.is_main_process:
-        if "image" in modalities:
-            _list_skipped(cache, dataset, options.output / SKIPPED)
-        if options.check:
-            cache.verify(teacher, dataset, options.check, tolerance=1e-3 if precision is None else 2e-2, **loading)
-        print(cache)
+    with alone(state) as main:
+        if main:
+            if "image" in modalities:
+                _list_skipped(cache, dataset, options.output / SKIPPED)
+            if options.check:
+                cache.verify(teacher, dataset, options.check, tolerance=1e-3 if precision is None else 2e-2, **loading)
+            print(cache)
     _say_converted(dataset, state)
     state.wait_for_everyone()
     return cache

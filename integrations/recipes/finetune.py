@@ -60,13 +60,17 @@ from geomreg.integrations.recipes.train import (
     finetune,
 )
 from geomreg.integrations.recipes.trial import LIMIT, base_lines, check_batches, check_learning_rate, take_steps
+from geomreg.integrations.recipes.waiting import alone, together
 from geomreg.shards import write_file
 from geomreg.teacher import Teacher
 from geomreg.types import Embeddings
 
 __all__ = ["check_needs", "finetune_from", "regularizer_of"]
 
-WAIT = timedelta(hours=12)  # of the other processes, while the main one evaluates
+# Of a collective. Where one process works alone the others do not wait in one (waiting.alone), and who is gone ends all (waiting.together):
+# it is left for processes that load models and data, or make the slowest of steps, at different speeds, and for one that hangs alive.
+WAIT = timedelta(minutes=30)
+ADVICE = "Start the same command again on all: it goes on from the last checkpoint."  # where a process was killed
 _SIZES = {"target": "train.batch_size", "reference": "train.reference_batch_size", "texts": "method.bank_size"}  # of batches
 
 
@@ -82,26 +86,35 @@ def finetune_from(config: Config) -> Path:
     weights, in head.safetensors and classes.json, and checksums of all files in checksums.json. If asked for, ``transformers`` holds the
     final model for its CLIPModel. In the .jsonl files null stands for a number that is not finite.
 
+    Of several processes one that fails or is killed ends the others within seconds, by an error with what happened; one that is in a
+    collective which it cannot leave, of NCCL say, is ended by :func:`os._exit`.
+
     Raises:
         ValueError: a configuration that does not fit together or another one than that of the run in this folder.
-        RuntimeError: a loss that is not finite; too many broken samples; another command at work in the folder.
+        RuntimeError: a loss that is not finite; too many broken samples; another command at work in the folder; another process of
+            this run failed or was killed.
         OSError: no space to write to.
     """
     try:
-        return _finetune_from(config)
+        check_trackers(config.trackers)
+        accelerator = _accelerator(config)
+        with together(accelerator, "finetune", ADVICE):
+            return _finetune_from(config, accelerator)
     finally:
         release()
 
 
-def _finetune_from(config: Config) -> Path:
-    check_trackers(config.trackers)
-    accelerator = Accelerator(
+def _accelerator(config: Config) -> Accelerator:
+    return Accelerator(
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # accelerate joins processes on a CPU only when told so
         mixed_precision=config.train.precision,
         log_with=list(config.trackers) if config.trackers and not config.dry_run else None,
         project_dir=str(config.output),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
+
+
+def _finetune_from(config: Config, accelerator: Accelerator) -> Path:
     check_launch(accelerator)
     if not config.dry_run:
         check_folder(config)  # before the costly parts
@@ -156,17 +169,19 @@ def _finetune_from(config: Config) -> Path:
             log.end()
     if monitor is not None and (ended := monitor.last_step) is not None and ended < run.settings.steps:
         evaluation.after(ended, last=True)  # also where the run was killed before it
-    if accelerator.is_main_process:
-        run.export(config.output / "model")
-        if config.transformers:
-            tuned = merge_adapters(copy.deepcopy(run.model))
-            to_transformers(tuned, run.loaded.config, config.output / "transformers", tokenizer=run.loaded.tokenizer)
-        mixture = None
-        if config.ensemble is not None:
-            options = (config.model.name, config.output / "model", config.output / "ensemble", config.model.pretrained, (config.ensemble,))
-            (mixture,) = ensemble(EnsembleOptions(*options, overwrite=True), run.collect_statistics)
-        print_table(table_of(facts, run.streams))
-        evaluation.report(mixture)
+    with alone(accelerator) as main:
+        if main:
+            run.export(config.output / "model")
+            if config.transformers:
+                tuned = merge_adapters(copy.deepcopy(run.model))
+                to_transformers(tuned, run.loaded.config, config.output / "transformers", tokenizer=run.loaded.tokenizer)
+            mixture = None
+            if config.ensemble is not None:
+                folders = (config.output / "model", config.output / "ensemble")
+                options = EnsembleOptions(config.model.name, *folders, config.model.pretrained, (config.ensemble,), overwrite=True)
+                (mixture,) = ensemble(options, run.collect_statistics)
+            print_table(table_of(facts, run.streams))
+            evaluation.report(mixture)
     print_conversions(data, accelerator)
     if accelerator.is_main_process:
         print(config.output / "model")
@@ -523,9 +538,9 @@ class _Evaluation:
         if self.run.sharded is None:
             self.run.model.to(self.run.accelerator.device)
         model = self.run.current()
-        if not self.run.accelerator.is_main_process:
-            return []
-        return base_lines(self._measured(model, self.run.start, LIMIT), {name: len(data) for name, data in self.data.items()})
+        with alone(self.run.accelerator) as main:
+            sizes = {name: len(data) for name, data in self.data.items()}
+            return base_lines(self._measured(model, self.run.start, LIMIT), sizes) if main else []
 
     def after(self, step: int, *, last: bool = False) -> None:
         """Evaluate, if it is time."""
@@ -534,19 +549,22 @@ class _Evaluation:
 
     def _evaluate(self, step: int) -> None:
         model = self.run.current()
-        if self.run.accelerator.is_main_process:
-            found = self._measured(model, getattr(model, NAME, None) if step else self.run.start)
-            if not step and self.config.method.head == "linear_probe":  # which is learned already: no part of the base model
-                for name, scores in self._measured(model, getattr(model, NAME, None)).items():
-                    if scores["by"] == "head":
-                        found[name]["linear_probe"] = scores["accuracy"]
-            before = [entry for entry in self.entries if entry["step"] < step]
-            trained = [entry for entry in before if entry["step"]]
-            name, by = self.config.best, self.config.best_by
-            if step and name is not None and _is_highest(found[name][by], [entry[name][by] for entry in trained]):
-                self.run.export(self.config.output / "best")
-            self._write([*before, {"step": step, **found}])
-        self.run.accelerator.wait_for_everyone()
+        with alone(self.run.accelerator) as main:
+            if main:
+                self._evaluate_alone(model, step)
+
+    def _evaluate_alone(self, model: nn.Module, step: int) -> None:
+        found = self._measured(model, getattr(model, NAME, None) if step else self.run.start)
+        if not step and self.config.method.head == "linear_probe":  # which is learned already: no part of the base model
+            for name, scores in self._measured(model, getattr(model, NAME, None)).items():
+                if scores["by"] == "head":
+                    found[name]["linear_probe"] = scores["accuracy"]
+        before = [entry for entry in self.entries if entry["step"] < step]
+        trained = [entry for entry in before if entry["step"]]
+        name, by = self.config.best, self.config.best_by
+        if step and name is not None and _is_highest(found[name][by], [entry[name][by] for entry in trained]):
+            self.run.export(self.config.output / "best")
+        self._write([*before, {"step": step, **found}])
 
     def report(self, mixture: Path | None) -> None:
         """Print what was learned and what was lost, and evaluate the mixture with the model at the start, if there is one."""

@@ -14,6 +14,7 @@ from geomreg.integrations.recipes.config import MonitorConfig
 from geomreg.integrations.recipes.data import collate
 from geomreg.integrations.recipes.evaluate import embed_images, zero_shot_head
 from geomreg.integrations.recipes.records import as_json
+from geomreg.integrations.recipes.waiting import alone
 from geomreg.metrics import Alarm, DriftMonitor
 from geomreg.shards import write_file
 
@@ -97,16 +98,16 @@ class RunMonitor:
             return
         self.model = self.current()
         found: list[dict[str, Any]] = [{}]
-        if self.accelerator.is_main_process:
-            self.alarm = None
-            report = self.monitor.compute()
-            if "gradient_ratio" in entry:
-                report["gradient_ratio"] = entry["gradient_ratio"]
-            found = [{"step": step, **report} | ({} if self.alarm is None else {"alarm": self.alarm, "stopped": self.options.stop})]
+        with alone(self.accelerator) as main:
+            if main:
+                self.alarm = None
+                report = self.monitor.compute()
+                if "gradient_ratio" in entry:
+                    report["gradient_ratio"] = entry["gradient_ratio"]
+                found = [{"step": step, **report} | ({} if self.alarm is None else {"alarm": self.alarm, "stopped": self.options.stop})]
         broadcast_object_list(found)
         self.entries = [*(entry for entry in self.entries if entry["step"] < step), *found]
         self._write()
-        self.accelerator.wait_for_everyone()
 
     def _alarm(self, alarm: Alarm) -> bool:
         self.alarm = str(alarm) if self.alarm is None else f"{self.alarm}; {alarm}"

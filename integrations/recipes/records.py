@@ -26,6 +26,7 @@ from geomreg.integrations.recipes.config import Config
 from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.data.strings import fingerprint
 from geomreg.integrations.recipes.files import read_json, writing
+from geomreg.integrations.recipes.waiting import alone
 from geomreg.locking import Lock
 from geomreg.shards import write_file
 
@@ -78,12 +79,13 @@ def claim(config: Config, accelerator: Accelerator, data: Mapping[str, Any]) -> 
     """
     accelerator.wait_for_everyone()  # no process writes before all have looked
     wrong: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            _claim(config, data)
-        except (ValueError, RuntimeError, OSError) as error:
-            release()
-            wrong = [error]
+    with alone(accelerator) as main:
+        if main:
+            try:
+                _claim(config, data)
+            except (ValueError, RuntimeError, OSError) as error:
+                release()
+                wrong = [error]
     broadcast_object_list(wrong)  # so that all say the same, and none waits
     if wrong[0] is not None:
         raise wrong[0]

@@ -21,6 +21,7 @@ from geomreg.integrations.recipes import checkpoint, head
 from geomreg.integrations.recipes.losses import Contrastive, TargetLoss
 from geomreg.integrations.recipes.passes import ON_PARAMETERS, Batch, Passes
 from geomreg.integrations.recipes.shard import Sharded, check_launch, like
+from geomreg.integrations.recipes.waiting import alone
 from geomreg.precision import at_least_fp32
 from geomreg.same_weights import uncompared
 from geomreg.statistics import moving_statistics, recompute_statistics
@@ -440,14 +441,15 @@ def _save(
         f"process-{accelerator.process_index}",
         {"random": checkpoint.random_state(), "also": {name: part.state_dict() for name, part in also.items()}},
     )
-    if accelerator.is_main_process:
-        for name, value in state.items():
-            checkpoint.write(partial, name, value)
-        checkpoint.write(partial, "run", {"step": step, "settings": asdict(settings), "processes": accelerator.num_processes})
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        checkpoint.publish(partial, keep=checkpoints.keep)
-    accelerator.wait_for_everyone()
+    with alone(accelerator) as main:
+        if main:
+            for name, value in state.items():
+                checkpoint.write(partial, name, value)
+            checkpoint.write(partial, "run", {"step": step, "settings": asdict(settings), "processes": accelerator.num_processes})
+    accelerator.wait_for_everyone()  # all have written theirs
+    with alone(accelerator) as main:
+        if main:
+            checkpoint.publish(partial, keep=checkpoints.keep)
 
 
 def _afresh(checkpoints: Checkpoints) -> str:

@@ -1,6 +1,7 @@
 """``geomreg finetune`` in two gloo processes, each with all weights (DDP) or a part (FSDP2), against the same command in one."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from processes import free_port
+from processes import announce, free_port
 
 from geomreg.integrations.quickstart.experiment import model_folder
+from geomreg.integrations.recipes import cli
+from geomreg.integrations.recipes import finetune as finetune_module
 from geomreg.integrations.recipes.export import to_open_clip
 from geomreg.integrations.recipes.models import load
 
@@ -194,6 +197,72 @@ def test_stopped_killed_and_resumed_is_bitwise_the_same(data, tmp_path, held):
     for name in ("model", "best"):
         ends = [(one / name / "open_clip_model.safetensors").read_bytes() for one in (folder, tmp_path / "whole")]
         assert ends[0] == ends[1], name
+
+
+def command_on_rank(rank, port, given, victim, when, errors):
+    """The command; the victim is killed in a step, or while the main process evaluates, which takes it long."""
+    announce(rank, 2, port)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    stderr = os.open(errors / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stderr, 2)
+    whole, long = finetune_module._Evaluation.after, finetune_module._Evaluation._evaluate_alone
+
+    def after(self, step, **options):
+        if rank == victim and (step == 3 if when == "step" else step == 4 and rank == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, step, **options)
+
+    def evaluate(self, model, step):
+        if when == "evaluation" and step == 4:
+            if victim == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(100)
+        long(self, model, step)
+
+    finetune_module._Evaluation.after, finetune_module._Evaluation._evaluate_alone = after, evaluate
+    sys.exit(cli.main(given))
+
+
+def contents(folder):
+    """Every file of a run, without its random name."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for name, keys in {"environment.json": ["run"], "config.json": ["output"]}.items():
+        found[name] = {key: value for key, value in json.loads(found[name]).items() if key not in keys}
+    return found
+
+
+def test_one_that_is_killed_ends_the_other_and_the_run_goes_on(data, tmp_path):
+    """Within seconds, with one line; in a step, in the midst of the main process's work, or the main process itself."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "open_clip", "geomreg.integrations.recipes.finetune", "geomreg.integrations.recipes.cli"])
+
+    def command(output, victim=None, when=None):
+        given = (free_port(), arguments(data, tmp_path / output, "dive", "--train.save_every", "2"), victim, when, tmp_path)
+        both = [context.Process(target=command_on_rank, args=(rank, *given)) for rank in range(2)]
+        for one in both:
+            one.start()
+        try:
+            if victim is not None:
+                both[victim].join(120)
+                killed = time.monotonic()
+            for one in both:
+                one.join(120)
+            assert victim is None or time.monotonic() < killed + 30
+            return [one.exitcode for one in both]
+        finally:
+            for one in both:
+                one.kill()
+
+    assert command("whole") == [0, 0]
+    for victim, when in ((1, "step"), (1, "evaluation"), (0, "evaluation")):
+        assert command("run", victim, when) == ([-signal.SIGKILL, 2] if victim == 0 else [2, -signal.SIGKILL])
+        line = (tmp_path / f"{1 - victim}.txt").read_text().splitlines()[-1]
+        start = f"geomreg: finetune: expected all processes to go on, got none any more on rank {victim}: it was killed. Start the same"
+        assert line.startswith(start)
+    assert command("run") == [0, 0]
+    found, whole = contents(tmp_path / "run"), contents(tmp_path / "whole")
+    assert found.keys() == whole.keys()
+    assert [name for name in whole if found[name] != whole[name]] == []
 
 
 def test_dry_run_in_two_processes(data, tmp_path):

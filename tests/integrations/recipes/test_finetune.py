@@ -881,7 +881,7 @@ def test_a_measure_that_is_not_finite(data, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_module, "read", lambda *args, **options: grouped)
     saved = []
     monkeypatch.setattr(finetune_module._Run, "export", lambda run, folder: saved.append(folder.name))
-    monkeypatch.setattr(finetune_module, "ensemble", lambda options: [small_clip()])
+    monkeypatch.setattr(finetune_module, "ensemble", lambda options, collect: [small_clip()])
     one = config(data, tmp_path / "run", evaluation={"id": DataConfig("folder", "x")}, best="id", evaluate_every=1, steps=5)
     finetune_from(dataclasses.replace(one, best_by="worst_group"))
     assert saved == ["best", "best", "model"]
