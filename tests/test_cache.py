@@ -921,6 +921,7 @@ def test_other_modalities_and_shapes(tmp_path):
 
 @given(st.floats(0, 0.2), st.integers(0, 7))
 @settings(max_examples=60)
+@pytest.mark.slow
 def test_flipped_bits_in_an_unfinished_build(pristine, place, bit):
     """The shard is made anew, or was not changed where it matters."""
     path = pristine.parent / "unfinished"

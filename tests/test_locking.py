@@ -27,6 +27,7 @@ def hold(file, ready, child):
 
 
 @pytest.mark.parametrize("child", [False, True])
+@pytest.mark.slow
 def test_a_kill_ends_it_though_a_child_lives_on(tmp_path, child):
     file = tmp_path / ".lock"
     context = multiprocessing.get_context("spawn")

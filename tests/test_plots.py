@@ -83,6 +83,7 @@ def test_needs_matplotlib_only_when_called(name, monkeypatch):
         FIGURES[name]()
 
 
+@pytest.mark.slow
 def test_importing_needs_no_matplotlib():
     code = """
 import importlib.metadata, sys

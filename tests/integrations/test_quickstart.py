@@ -238,6 +238,7 @@ def test_half_written_files_are_never_published(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_core_needs_none_of_the_quickstart_packages():
     """``pip install geomreg`` alone imports, and the command says what is missing."""
     code = (

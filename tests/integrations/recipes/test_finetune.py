@@ -1222,6 +1222,7 @@ def test_subcommands_are_suggested(capsys):
     assert capsys.readouterr().err.endswith(" Did you mean finetune?\n")
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_model_and_warns_on_one_line(data, tmp_path, capsys):
     """And goes on, unless it must not."""
     given = [

@@ -76,6 +76,7 @@ def test_load_from_a_folder(tmp_path):
         load(str(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_load_by_name_and_file(tmp_path):
     torch.manual_seed(0)
     name = "ViT-B-32"
