@@ -107,7 +107,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run, without the run's random name."""
     found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     environment = json.loads(found["environment.json"])
-    del environment["run"]
+    for name in ("run", "checksum"):
+        del environment[name]
     return {**found, "environment.json": json.dumps(environment).encode()}
 
 
