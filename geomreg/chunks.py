@@ -16,11 +16,12 @@ class SeparablePass:
         rows: samples of this process's whole batch.
         held: which of them the chunk has for which the loss is called.
         weight: what a mean over these weighs beside those of the other processes; None until a term asks for it.
+        runs_modules: the loss has called a module with parameters, so that it has activations of its own.
         trial: the loss is called to look at its value alone: nothing that a term collects may count it.
     """
 
     def __init__(self, rows: int) -> None:
-        self.rows, self.trial = rows, False
+        self.rows, self.trial, self.runs_modules = rows, False, False
         self.held = slice(0, rows)
         self.weight: Tensor | None = None
 

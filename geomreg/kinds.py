@@ -2,6 +2,7 @@
 
 import weakref
 from functools import partial
+from itertools import islice
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -22,7 +23,7 @@ def kind(value: Any, *, coarse: bool = False, depth: int = 4, through: bool = Tr
 
     Args:
         value: to look at.
-        coarse: numbers do not count, and of objects the type alone.
+        coarse: numbers and strings do not count, and of containers and objects the type alone.
         depth: how far to follow what holds what.
         through: follow the globals of functions.
     """
@@ -30,8 +31,10 @@ def kind(value: Any, *, coarse: bool = False, depth: int = 4, through: bool = Tr
     def held(values: Any, through: bool = through) -> tuple[Any, ...]:
         return tuple(kind(one, coarse=coarse, depth=depth - 1, through=through) for one in values)
 
-    if isinstance(value, (str, bool, type)):
+    if isinstance(value, (bool, type)):
         return value
+    if isinstance(value, str):
+        return str if coarse else value
     if isinstance(value, _NUMBERS):
         return type(value) if coarse else (type(value), value)
     if not depth or isinstance(value, Tensor):
@@ -48,10 +51,10 @@ def kind(value: Any, *, coarse: bool = False, depth: int = 4, through: bool = Tr
     if isinstance(value, tuple):
         return type(value), held(value[:_MOST])
     if isinstance(value, (list, dict)):  # numbers and tensors in them come and go, as in a record of losses
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        return type(value), held(
-            [one for one in entries if not isinstance(one[1], (Tensor, *_NUMBERS)) or isinstance(one[1], bool)][:_MOST]
-        )
+        if coarse:
+            return type(value)
+        entries = list(islice(value.items() if isinstance(value, dict) else enumerate(value), _MOST))
+        return type(value), held(one for one in entries if not isinstance(one[1], (Tensor, *_NUMBERS)) or isinstance(one[1], bool))
     if coarse:
         return type(value)
     plain = [(name, one) for name, one in getattr(value, "__dict__", {}).items() if isinstance(one, (str, bool))]

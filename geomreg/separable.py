@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from geomreg.checks import check_scalar
-from geomreg.chunks import SeparablePass, separable_pass
+from geomreg.chunks import SeparablePass, current_pass, separable_pass
 from geomreg.kinds import kind
 from geomreg.precision import at_least_fp32
 from geomreg.random_state import random_state, same_random_state, set_random_state
@@ -22,9 +23,9 @@ from geomreg.types import Embeddings
 __all__ = ["check_arguments", "refuse_unseparable", "refusing_unseparable", "try_once"]
 
 _NARROW = (torch.bfloat16, torch.float16)
-_ROWS = 4096  # of a batch that are looked at, if they are more than two chunks
-_TRIALS = 64  # of functions that differ in numbers alone, or in objects of one type
-_tried: dict[Any, set[Any]] = {}
+_ROWS = 4096  # of a batch that are looked at, if they are more than two chunks; where the loss runs modules two chunks in any case
+_TRIALS = 16  # of functions that differ in numbers, strings and what containers hold alone, or in objects of one type
+_tried: dict[Any, "_Record"] = {}
 
 
 def check_arguments(loss_fn: Callable[..., Tensor], separable: bool) -> None:
@@ -63,20 +64,58 @@ def _takes_student(module: nn.Module) -> bool:
 
 @contextmanager
 def refusing_unseparable() -> Iterator[None]:
-    """Within, every term is looked at before it runs."""
-    handle = register_module_forward_pre_hook(lambda module, _: refuse_unseparable(module))
+    """Within, every term is looked at before it runs, and what modules the loss runs."""
+    handle = register_module_forward_pre_hook(lambda module, _: _look_at(module))
     try:
         yield
     finally:
         handle.remove()
 
 
+def _look_at(module: nn.Module) -> None:
+    refuse_unseparable(module)
+    of = current_pass()
+    if of is None:
+        return
+    if of.trial and any(hasattr(module, name) for name in ("no_sync", "set_requires_gradient_sync")):
+        raise _UntriableError(f"{type(module).__name__} counts its passes over all processes")
+    of.runs_modules = of.runs_modules or (not hasattr(module, "step") and next(module.parameters(), None) is not None)
+
+
+class _UntriableError(RuntimeError):
+    """The loss cannot be called for the sake of a trial."""
+
+
+@dataclass
+class _Record:
+    """Of functions of one coarse kind: those that were tried, how many trials there were, how many calls, and the next that is tried."""
+
+    known: set[Any] = field(default_factory=set)
+    trials: int = 0
+    calls: int = 0
+    due: int = 10
+
+    def asks(self, exact: Any) -> bool:
+        """Whether this call is tried: a new function's, if there were not many, and in any case the 10th, 100th, 1,000th call."""
+        self.calls += 1
+        if self.calls == self.due:
+            self.due *= 10
+            return True
+        if exact in self.known or self.trials >= _TRIALS:
+            return False
+        self.trials += 1
+        return True
+
+
 def try_once(loss_fn: Callable[..., Tensor], sample: Embeddings, chunks: list[int], of: SeparablePass, devices: list[torch.device]) -> None:
     """Once for each function: value and gradient of the whole batch are the means of those of its parts, each weighted by its rows.
 
+    It is tried again at its 10th, 100th and 1,000th call: a weight that is 0 at first may hide what is no mean.
+
     The embeddings are those of a chunk, repeated and turned at random, since those of a student that still equals its teacher make most
     losses 0. The parts are the chunks of the batch, and then two of unequal length. Neither random numbers nor what terms collect are
-    changed. A loss that draws random numbers, or whose value changes from call to call, cannot be tried, which is said in a warning.
+    changed. A loss that draws random numbers, whose value changes from call to call, or that works for its own chunk alone cannot be
+    tried, which is said in a warning.
 
     Args:
         loss_fn: ``loss_fn(Embeddings, index) -> 0-d``.
@@ -88,11 +127,10 @@ def try_once(loss_fn: Callable[..., Tensor], sample: Embeddings, chunks: list[in
     Raises:
         ValueError: the loss is no mean over samples.
     """
-    exact, coarse = kind(loss_fn), kind(loss_fn, coarse=True)
-    known = _tried.setdefault(coarse, set())
-    if exact in known or len(known) >= _TRIALS:
+    exact, record = kind(loss_fn), _tried.setdefault(kind(loss_fn, coarse=True), _Record())
+    if not record.asks(exact):
         return
-    while len(chunks) > 2 and sum(chunks) > _ROWS:
+    while len(chunks) > 2 and (of.runs_modules or sum(chunks) > _ROWS):
         chunks = chunks[:-1]
     rows = sum(chunks)
     moved = Embeddings(*(None if value is None else _moved(value, rows, seed) for seed, value in enumerate(sample)))
@@ -105,24 +143,36 @@ def try_once(loss_fn: Callable[..., Tensor], sample: Embeddings, chunks: list[in
             whole = _taken(loss_fn, moved, index)
             partitions = [_taken_apart(loss_fn, moved, index, parts) for parts in (chunks, [third, rows - third])]
             drawn = not same_random_state(before, random_state(devices)) or not _equal(whole, _taken(loss_fn, moved, index))
+    except Exception as error:  # it has just worked for its chunk, so it is no more than the trial that fails
+        record.known.add(exact)
+        _warn_untried(f"fails for other rows than those of its chunk ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        return
     finally:
         set_random_state(before, devices)
     if drawn:
-        known.add(exact)
-        warnings.warn(
-            "backward: expected a loss that is a mean over samples with separable=True, got one that draws random numbers or changes from "
-            "call to call, so that it cannot be tried. Leave separable out, or pass separable='unchecked' if it is such a mean.",
-            stacklevel=4,
-        )
+        record.known.add(exact)
+        _warn_untried("draws random numbers or changes from call to call")
         return
     dtypes = {whole.value.dtype, *(one.dtype for one in moved if one is not None)}
     if dtypes & set(_NARROW) or torch.is_autocast_enabled(device.type) or torch.get_float32_matmul_precision() != "highest":
         tolerance, noise = 0.05, 0.05
     else:
         tolerance, noise = 1e-3, 32 * max(torch.finfo(one).eps for one in dtypes)
-    tried = [_compare(whole, apart, tolerance, noise, rows) for apart in partitions]
+    try:
+        tried = [_compare(whole, apart, tolerance, noise, rows) for apart in partitions]
+    except ValueError:
+        record.trials -= 1  # one that is refused is refused again
+        raise
     if all(tried):
-        known.add(exact)
+        record.known.add(exact)
+
+
+def _warn_untried(what: str) -> None:
+    warnings.warn(
+        f"backward: expected a loss that is a mean over samples with separable=True, got one that {what}, so that it cannot be tried. "
+        "Leave separable out, or pass separable='unchecked' if it is such a mean.",
+        stacklevel=5,
+    )
 
 
 class _Taken(NamedTuple):

@@ -32,10 +32,13 @@ def test_what_a_function_holds_counts(other):
         assert kind(scaled(other)) != kind(scaled(another))
 
 
-def test_coarse_leaves_numbers_and_objects_of_one_type_out():
+def test_coarse_leaves_out_numbers_strings_and_what_containers_hold():
     assert kind(scaled(1), coarse=True) == kind(scaled(2), coarse=True)
     assert kind(scaled(nn.MSELoss()), coarse=True) == kind(scaled(nn.MSELoss()), coarse=True)
-    assert kind(scaled("sum"), coarse=True) != kind(scaled("mean"), coarse=True)
+    assert kind(scaled("sum"), coarse=True) == kind(scaled("mean"), coarse=True)
+    assert kind(scaled(["a"]), coarse=True) == kind(scaled(["b", "c"]), coarse=True)
+    assert kind(scaled(True), coarse=True) != kind(scaled(False), coarse=True)
+    assert kind(scaled(len), coarse=True) != kind(scaled(nn.MSELoss()), coarse=True)
 
 
 def test_objects_are_told_apart_and_not_kept_alive():

@@ -286,3 +286,97 @@ def test_the_number_of_arguments():
     message = r"expected loss_fn\(Embeddings\) without separable=True, got one with the arguments \(e, rows\)"
     refused(TypeError, message, lambda e, rows: e.image.sum(), separable=False)
     assert run(lambda *given: given[0].image.square().mean()).any()
+
+
+# what the trial costs, and what it must not break
+
+
+def steps_of(losses, rows=12, chunk_size=4, encode=lambda chunk: chunk):
+    """A step with each loss."""
+    torch.manual_seed(0)
+    leaf = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    for loss in losses:
+        backward(lambda chunk: Embeddings(image=encode(chunk)), leaf, loss, chunk_size=chunk_size, separable=True)
+
+
+def counted(loss, calls):
+    """The loss, which notes how many rows it was asked for."""
+
+    def noting(embeddings, index, captions):
+        calls.append(len(index))
+        return loss(embeddings)
+
+    return noting
+
+
+@pytest.mark.parametrize(
+    "value", [lambda e: e.image.square().mean(1).mean(), lambda e: 0 * e.image.mean()], ids=["plain", "nothing to see"]
+)
+def test_a_closure_over_the_captions_of_each_batch_is_not_tried_at_every_step(value):
+    calls = []
+    noting = counted(value, calls)
+    steps_of([lambda e, i, captions=[f"caption {step}"]: noting(e, i, captions) for step in range(99)])
+    trials = sum(rows == 12 for rows in calls)
+    assert 1 <= trials <= 2 * 17  # each calls it twice for the whole batch
+
+
+def test_large_containers_are_not_walked():
+    looked = []
+
+    class Captions(list):
+        def __iter__(self):
+            for one in super().__iter__():
+                looked.append(one)
+                yield one
+
+    captions = Captions(str(k) for k in range(1000))
+    steps_of([lambda e, i, captions=captions: e.image.square().mean(1).mean()])
+    assert len(looked) < 100
+
+
+def test_a_weight_that_is_zero_at_first_is_found_out():
+    weights = {"contrastive": 0.0}
+
+    def loss(embeddings, index):
+        return embeddings.image.square().mean() + weights["contrastive"] * (embeddings.image @ embeddings.image.T).logsumexp(1).mean()
+
+    steps_of([loss] * 3)
+    weights["contrastive"] = 1.0
+    with pytest.raises(ValueError, match="expected a loss that is a mean over samples with separable=True"):
+        steps_of([loss] * 9)
+
+
+def test_a_head_that_counts_its_passes_over_processes_is_not_called_for_the_trial():
+    class Counting(torch.nn.Linear):
+        passes = 0
+
+        def no_sync(self):
+            """As DistributedDataParallel has."""
+
+        def forward(self, value):
+            self.passes += 1
+            return super().forward(value)
+
+    head = Counting(6, 1).double()
+    with pytest.warns(UserWarning, match=r"fails for other rows than those of its chunk \(_UntriableError: Counting counts its passes"):
+        steps_of([lambda e, i: head(e.image).square().mean()])
+    assert head.passes == 3
+
+
+def test_a_loss_of_what_the_encoder_left_beside_is_not_broken():
+    left = {}
+
+    def encode(chunk):
+        left["weight"] = torch.arange(len(chunk), dtype=chunk.dtype)
+        return chunk
+
+    with pytest.warns(UserWarning, match=r"fails for other rows than those of its chunk \(RuntimeError: The size of tensor a"):
+        steps_of([lambda e, i: (e.image.square().mean(1) * left["weight"]).mean()], encode=encode)
+
+
+def test_a_loss_that_runs_a_model_sees_two_chunks():
+    seen = []
+    model = torch.nn.Linear(6, 6).double()
+    model.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    steps_of([lambda e, i: (e.image - model(e.image)).square().mean()], rows=40, chunk_size=4)
+    assert max(seen) == 8

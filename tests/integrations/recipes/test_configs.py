@@ -132,7 +132,7 @@ def fake_tensors():
         yield
 
 
-def fake_model(name, pretrained, *, crop):
+def fake_model(name, pretrained, **_):
     """The architecture without its weights."""
     return Model(CLIP(**open_clip.get_model_config(name), output_dict=True).eval(), {}, repr, repr, open_clip.get_tokenizer(name))
 
@@ -160,6 +160,8 @@ def test_every_composition_runs_at_full_size(compose, monkeypatch, data, method)
     """A step of every data and method file at ViT-B-16's size and the file's own batch, on fake tensors."""
     config = compose(data, "vit-b-16", method, "--train.epochs", "200")  # of the few samples here; a mean of weights needs some steps
     monkeypatch.setattr(finetune_module, "load", fake_model)
+    monkeypatch.setattr(finetune_module, "digest_of_weights", lambda model: "no numbers")
+    monkeypatch.setattr(finetune_module, "freeze_unreached", lambda loaded: [])
     monkeypatch.setattr(finetune_module, "linear_probe", lambda model, dataset, start, *args, **options: start)
     monkeypatch.setattr(streams, "loader", fake_batches)
     monkeypatch.setattr(train, "_numbers", lambda record, accelerator: dict.fromkeys(record, 1.0))
