@@ -36,6 +36,7 @@ __all__ = [
     "MANIFEST",
     "TOLERANCE",
     "VIEW",
+    "ProcessGoneError",
     "Source",
     "TableBuild",
     "agreed",
@@ -820,6 +821,10 @@ def rank_of_process() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+class ProcessGoneError(RuntimeError):
+    """Another process is no longer there, and why is not known."""
+
+
 @contextmanager
 def agreed() -> Iterator[None]:
     """Within, an error on one process becomes an error on all of them, so that none waits for ever; they leave together."""
@@ -836,7 +841,8 @@ def agreed() -> Iterator[None]:
         dist.all_gather_object(messages, None if failed is None else str(failed))
     except RuntimeError as gone:  # by the backend, where a process is no longer there
         said = " ".join(str(gone).split())[:200]
-        raise failed or RuntimeError(f"EmbeddingCache.build: expected all processes to go on, got none any more of one: {said}") from gone
+        lost = f"EmbeddingCache.build: expected all processes to go on, got none any more of one: {said}"
+        raise failed or ProcessGoneError(lost) from gone
     if failed is not None:
         raise failed
     for rank, message in enumerate(messages):

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from geomreg.chunks import current_pass
 from geomreg.statistics import STATISTICS
-from geomreg.types import Embeddings
+from geomreg.types import Embeddings, have_values
 
 __all__ = ["Agreement", "Origin", "compare", "same_parameters", "uncompared"]
 
@@ -70,7 +70,7 @@ class Agreement:
 
     def mark(self, embeddings: Embeddings) -> None:
         """Of the teacher, as they are made: to be compared, if the student still has its weights."""
-        if not self._open or _UNCOMPARED.get() or torch.compiler.is_compiling():
+        if not self._open or _UNCOMPARED.get() or torch.compiler.is_compiling() or not have_values(embeddings):
             return
         student = self._student()
         moved = student is None or self._version not in (None, _version(student))
@@ -228,6 +228,7 @@ def _message(field: str, apart: float, model: nn.Module) -> str:
         "student.eval(), or set these to 0"
         if noise
         else "Give both the same view and preprocessing of the batch, and compute both in one precision"
+        + ("; the student is in training mode, so try student.eval() too" if model.training else "")
     )
     return (
         f"Teacher: expected student and teacher of the same weights to embed a batch alike, got {field} embeddings {100 * apart:.2g} % "

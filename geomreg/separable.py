@@ -18,7 +18,7 @@ from geomreg.kinds import kind
 from geomreg.precision import at_least_fp32
 from geomreg.random_state import random_state, same_random_state, set_random_state
 from geomreg.regularizers.common import unit_rows
-from geomreg.types import Embeddings
+from geomreg.types import Embeddings, have_values
 
 __all__ = ["check_arguments", "refuse_unseparable", "refusing_unseparable", "try_once"]
 
@@ -127,6 +127,8 @@ def try_once(loss_fn: Callable[..., Tensor], sample: Embeddings, chunks: list[in
     Raises:
         ValueError: the loss is no mean over samples.
     """
+    if not have_values(sample):
+        return
     exact, record = kind(loss_fn), _tried.setdefault(kind(loss_fn, coarse=True), _Record())
     if not record.asks(exact):
         return

@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Embeddings", "Regularizer", "Terms"]
+__all__ = ["Embeddings", "Regularizer", "Terms", "have_values"]
 
 
 class Embeddings(NamedTuple):
@@ -17,6 +18,11 @@ class Embeddings(NamedTuple):
 
     image: Tensor | None = None
     text: Tensor | None = None
+
+
+def have_values(embeddings: Embeddings) -> bool:
+    """Not those of a dry run: meta tensors and fake ones have shapes alone, so nothing can be said of their values."""
+    return not any(value is not None and (value.is_meta or isinstance(value, FakeTensor)) for value in embeddings)
 
 
 class Terms(NamedTuple):

@@ -138,11 +138,11 @@ def _plain(line: str) -> str:
 
 @contextmanager
 def _warnings_on_one_line() -> Iterator[None]:
-    """Those of geomreg, without file and line of source."""
-    usual = warnings.formatwarning
+    """Those of geomreg, without file and line of source; some name the program's own line, as in a loop of one's own."""
+    usual, own = warnings.formatwarning, (*_OWN, Path(sys.argv[0]))
 
     def formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-        if any(Path(filename).is_relative_to(folder) for folder in _OWN):
+        if any(Path(filename).is_relative_to(folder) for folder in own):
             return f"geomreg: warning: {' '.join(str(message).split())}\n"
         return usual(message, category, filename, lineno, line)
 

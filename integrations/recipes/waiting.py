@@ -36,6 +36,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
+from geomreg.cache_build import ProcessGoneError
+
 __all__ = ["alone", "together"]
 
 JOIN = 60.0  # seconds for all processes to be connected: they have just met in the process group
@@ -171,7 +173,7 @@ class _Watch:
         """What ended another process, if that is why this one ends; else the error is its own."""
         if isinstance(error, (_InterruptedError, _GoneError)):
             return self.wrong
-        torchs = isinstance(error, dist.DistError) or (type(error) is RuntimeError and ": expected " not in str(error))
+        torchs = isinstance(error, (dist.DistError, ProcessGoneError)) or (type(error) is RuntimeError and ": expected " not in str(error))
         if not torchs:
             return None
         with self.news:  # a collective may fail before the thread has heard of it
