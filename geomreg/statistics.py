@@ -60,7 +60,7 @@ def recompute_statistics(
         The number of batches.
 
     Raises:
-        ValueError: no batch; the statistics stay as they were.
+        ValueError: no batch, a name that is no module's, or activations that are not finite; the statistics stay as they were.
 
     Example:
         >>> import torch
@@ -70,7 +70,10 @@ def recompute_statistics(
         >>> model.running_mean
         tensor([2.])
     """
-    meant = None if names is None else {id(module) for name, module in model.named_modules() if name in names}
+    modules = dict(model.named_modules())
+    if unknown := [name for name in names or () if name not in modules]:
+        raise ValueError(f"recompute_statistics: expected names of modules, got {unknown[0]!r}. Take those of named_modules().")
+    meant = None if names is None else {id(modules[name]) for name in names}
     layers = [layer for layer in _layers(model) if meant is None or id(layer) in meant]
     if not layers:
         return 0
@@ -86,6 +89,14 @@ def recompute_statistics(
         for batch in batches:
             run(model, batch)
             count += 1
+        if broken := next((layer for layer in layers if not layer.get_buffer("running_mean").isfinite().all()), None):
+            raise ValueError(
+                f"recompute_statistics: expected finite activations, got others before a {type(broken).__name__} of "
+                f"{broken.num_features} features. Look at the batches and the weights."
+            )
+    except BaseException:
+        count = 0  # nothing half-made stays
+        raise
     finally:
         for module, training in modes:
             module.training = training

@@ -363,6 +363,9 @@ def _restored(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+_WRAPPERS = ("module", "_orig_mod")  # how DDP and torch.compile name the model in them
+
+
 class _Averaged(Teacher):
     """See :meth:`Teacher.averaged`."""
 
@@ -387,6 +390,8 @@ class _Averaged(Teacher):
     def follow(self, batch: Any, student: nn.Module | None = None) -> None:
         if not (names := moving_statistics(self._student[0] if student is None else student)):
             return
+        known = {name for name, _ in self.model.named_modules()}
+        names = [name if name in known else ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
         follow_statistics(self.model, names, lambda: self.encode(self.model, batch))
         for name in names:
             for key, value in self.model.get_submodule(name).named_buffers():
@@ -483,7 +488,7 @@ class _Cached(Teacher):
         if not isinstance(batch, Mapping) or "id" not in batch:
             raise TypeError(f'Teacher: expected a batch as a dict with "id" to look up, got {describe(batch)}. Let the data set give ids.')
         device = next((value.device for key, value in batch.items() if key != "id" and isinstance(value, Tensor)), torch.device("cpu"))
-        found = self.cache(batch["id"], self.modalities, text=batch.get("text"))
+        found = self.cache(batch["id"], self.modalities, text=batch.get("text", batch.get("input_ids")))
         embeddings = Embeddings(*(None if value is None else value.to(device) for value in found))
         if self._of_student is not None:
             self._of_student.mark(embeddings)

@@ -28,7 +28,7 @@ def text_views(batch: Mapping[str, Any], rows: int, padding: Padding | None = No
     """``(B,)`` hashes of the token ids at ``batch["text"]``, whatever their integer type and however much padding they have.
 
     Args:
-        batch: with token ids ``(B, L)`` at ``"text"``.
+        batch: with token ids ``(B, L)`` at ``"text"`` or ``"input_ids"``, or in a mapping there.
         rows: B.
         padding: by default zeros at the end.
 
@@ -45,7 +45,11 @@ def text_views(batch: Mapping[str, Any], rows: int, padding: Padding | None = No
 
 
 def _tokens(batch: Mapping[str, Any]) -> NDArray[np.int64] | None:
-    text = batch.get("text")
+    text = batch.get("text", batch.get("input_ids"))
+    if isinstance(text, Mapping):  # as tokenizers of transformers give it
+        text = text.get("input_ids")
+    if isinstance(text, Tensor) and text.ndim > 2 and text.numel():
+        text = text.flatten(1)
     if not isinstance(text, Tensor) or text.ndim != 2 or text.dtype == torch.bool or text.is_floating_point() or text.is_complex():
         return None
     return text.detach().cpu().numpy().astype("<i8")

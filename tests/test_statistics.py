@@ -259,3 +259,37 @@ def test_processes_follow_as_those_of_the_student(tmp_path):
         own(data(6 + rank, seed=2 + rank))
         for key, value in own.state_dict().items():
             torch.testing.assert_close(one[key], value, msg=key)
+
+
+def test_a_student_in_a_wrapper_is_followed():
+    class Wrapper(nn.Module):
+        """Names its model as DistributedDataParallel does."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    student = network()
+    for wrapped in (Wrapper(student), torch.compile(student)):
+        teacher, plain = (Teacher.averaged(student, image, decay=0.5) for _ in range(2))
+        teacher.follow(data(8), wrapped)
+        plain.follow(data(8))
+        assert torch.equal(teacher.model[1].running_mean, plain.model[1].running_mean)
+        assert not torch.equal(teacher.model[1].running_mean, student[1].running_mean)
+
+
+def test_nothing_half_made_stays():
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def failing(model, batch):
+        model(batch)
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        recompute_statistics(model, [data(8)], failing)
+    with pytest.raises(ValueError, match="expected finite activations, got others before a BatchNorm1d of 9 features"):
+        recompute_statistics(model, [data(8), data(8) * float("nan")], run)
+    with pytest.raises(ValueError, match="expected names of modules, got '7'"):
+        recompute_statistics(model, [data(8)], run, names=["1", "7"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

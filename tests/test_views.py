@@ -112,3 +112,11 @@ def test_what_padding_is():
     plain = SimpleNamespace(pad_token_id=None)
     assert told_padding(plain) == told_padding(None) == Padding()
     assert told_padding(SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=1, padding_side="left"))) == Padding(1, left=True)
+
+
+def test_token_ids_as_transformers_gives_them():
+    ids = torch.tensor([[5, 6, 0], [7, 0, 0]])
+    expected = text_views({"text": ids}, 2).tolist()
+    for batch in ({"input_ids": ids}, {"text": {"input_ids": ids}}, {"text": ids[:, None]}):
+        assert text_views(batch, 2).tolist() == expected
+    assert text_views({"text": ["five", "six"]}, 2) is None

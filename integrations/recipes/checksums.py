@@ -30,7 +30,8 @@ def difference(folder: Path) -> str | None:
     Files without a checksum may be there too. All files are read; a process does so again only after one of them has changed its size
     or time.
     """
-    stamps = ((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path in sorted(folder.rglob("*")))
+    paths = (path for path in sorted(folder.rglob("*")) if path.exists())  # not a link that leads nowhere
+    stamps = ((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path in paths)
     key = (str(folder.absolute()), *stamps)
     if key not in _LOOKED_AT:
         _LOOKED_AT[key] = _difference(folder)

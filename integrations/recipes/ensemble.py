@@ -123,10 +123,14 @@ def _collector(
 ) -> Callable[[nn.Module, Collection[str]], object]:
     """From the configured data, as the model sees them in evaluation; images alone where only their tower has statistics."""
     images = data.modalities == ("image",) or all(name.startswith("visual.") for name in names)
-    stream = Stream(
-        data, loaded, None, size=options.batch_size, seed=0, transform=loaded.transform,
-        modalities=("image",) if images else ("image", "text"), workers=options.workers,
-    )  # fmt: skip
+    modalities = ("image",) if images else ("image", "text")
+    try:
+        given = {"transform": loaded.transform, "modalities": modalities, "workers": options.workers}
+        stream = Stream(data, loaded, None, size=options.batch_size, seed=0, **given)
+    except ValueError as error:
+        if not str(error).startswith("Draws: "):
+            raise
+        raise ValueError(f"ensemble: expected at least {options.batch_size} samples of data, got fewer. Lower --batch_size.") from error
     device = torch.device("cpu")
     if options.device != "auto" or torch.accelerator.is_available():
         device = torch.device(options.device) if options.device != "auto" else torch.accelerator.current_accelerator() or device

@@ -205,12 +205,12 @@ def facts_of(streams: Mapping[str, Any], watched: Mapping[str, Any], tokenizer: 
     return found + [data_facts(name, data, tokenizer, of_texts=True, load=load) for name, data in watched.items()]
 
 
-def table_of(facts: Sequence[DataFacts], streams: Mapping[str, Any] | None = None) -> dict[str, list[str]]:
-    """What is said of the data, by name; of streams also what this process has drawn."""
+def table_of(facts: Sequence[DataFacts], drawn: Mapping[str, tuple[int, int]] | None = None) -> dict[str, list[str]]:
+    """What is said of the data, by name; of streams also how many samples were drawn, and how many of them were broken."""
     table = {one.name: list(one.lines) for one in facts}
-    for name, stream in (streams or {}).items():
-        if stream.seen:
-            table[name].append(f"drawn: {stream.seen:,} samples, {_number(len(stream.broken))} of them broken and replaced")
+    for name, (seen, broken) in (drawn or {}).items():
+        if seen:
+            table[name].append(f"drawn: {seen:,} samples, {_number(broken)} of them broken and replaced")
     return table
 
 

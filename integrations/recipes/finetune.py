@@ -46,6 +46,7 @@ from geomreg.integrations.recipes.streams import (
     bank_of_texts,
     class_tokens,
     data_of,
+    drawn_by_all,
     print_conversions,
     read,
 )
@@ -169,6 +170,7 @@ def _finetune_from(config: Config, accelerator: Accelerator) -> Path:
             log.end()
     if monitor is not None and (ended := monitor.last_step) is not None and ended < run.settings.steps:
         evaluation.after(ended, last=True)  # also where the run was killed before it
+    drawn = drawn_by_all(run.streams, accelerator)
     with alone(accelerator) as main:
         if main:
             run.export(config.output / "model")
@@ -180,7 +182,7 @@ def _finetune_from(config: Config, accelerator: Accelerator) -> Path:
                 folders = (config.output / "model", config.output / "ensemble")
                 options = EnsembleOptions(config.model.name, *folders, config.model.pretrained, (config.ensemble,), overwrite=True)
                 (mixture,) = ensemble(options, run.collect_statistics)
-            print_table(table_of(facts, run.streams))
+            print_table(table_of(facts, drawn))
             evaluation.report(mixture)
     print_conversions(data, accelerator)
     if accelerator.is_main_process:
@@ -394,6 +396,12 @@ def _monitor(run: _Run) -> RunMonitor | None:
     if config.probe is None:
         return None
     dataset = read(config.probe, loaded, transform=loaded.transform, modalities=("image",), strict=config.strict)
+    if config.monitor.every > run.settings.steps:
+        warnings.warn(
+            f"finetune: expected monitor.every to be at most the run's {run.settings.steps} steps, got {config.monitor.every}, so that the "
+            "probe is never looked at. Lower --monitor.every.",
+            stacklevel=1,
+        )
     if run.sharded is None:
         run.model.to(run.accelerator.device)
     tokens = class_tokens(dataset, loaded)
@@ -601,6 +609,11 @@ class _Evaluation:
         """Go on as after a checkpoint; later lines of evaluation.jsonl are made again, and damaged ones too."""
         if state["entries"]:
             self._write(list(state["entries"]))
+        best = self.config.output / "best"
+        if self.config.best is not None and len(state["entries"]) > 1 and not best.is_dir():
+            warnings.warn(
+                f"finetune: expected the best model so far in {best}, got none. It is lost; a later one may be better.", stacklevel=1
+            )
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
         self.entries = entries

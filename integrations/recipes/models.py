@@ -251,8 +251,12 @@ def _built(name: str, pretrained: str | None, preprocess: dict[str, Any]) -> nn.
                     "file, or export the model anew."
                 ) from error
             raise RuntimeError(
-                f"load: expected weights that fit {name} in {pretrained or name}, got {got}. Use those of this model, or copy the file "
-                "anew."
+                f"load: expected weights that fit {name} in {pretrained or name}, got {got}. "
+                + (
+                    "Look at the connection, or pass a file."
+                    if "download" in str(error).lower()
+                    else "Use those of this model, or copy the file anew."
+                )
             ) from error
     if any("QuickGELU" in str(one.message) for one in caught):
         raise ValueError(

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from geomreg.integrations.recipes.checksums import checksum
+from geomreg.integrations.recipes.checksums import check_export, checksum
 from geomreg.integrations.recipes.config import Config
 from geomreg.integrations.recipes.data.rgb import ImageConfig
 from geomreg.integrations.recipes.data.strings import fingerprint
@@ -55,6 +55,8 @@ def check_folder(config: Config) -> None:
     if config.output.exists() and not config.output.is_dir():
         raise FileExistsError(f"finetune: expected output as a folder, got the file {config.output}. Choose another.")
     file = config.output / "config.json"
+    if (best := config.output / "best").is_dir():
+        check_export("finetune", best)  # which is not made anew
     if file.is_file():
         before = {"images": _IMAGES_BEFORE, **read_json("finetune", file, dict, "the configuration of a run", _ADVICE)}
         if differing := _differing(before, _resolved(config)):

@@ -80,6 +80,12 @@ def print_conversions(data: Mapping[str, Any], accelerator: Accelerator) -> None
             print(f"{name}: {said}")
 
 
+def drawn_by_all(streams: Mapping[str, "Stream"], accelerator: Accelerator) -> dict[str, tuple[int, int]]:
+    """How many samples all processes have drawn of each stream, and how many of them were broken; all must call it."""
+    own = torch.tensor([[stream.seen, len(stream.broken)] for stream in streams.values()], device=accelerator.device)
+    return dict(zip(streams, map(tuple, accelerator.reduce(own, reduction="sum").tolist()), strict=True))
+
+
 class Stream:
     """Endless batches of one data set, and what was broken in it.
 

@@ -109,3 +109,9 @@ def test_files_are_read_once(folder, monkeypatch):
     os.utime(folder / "classes.json", (0, 0))
     (folder / "classes.json").write_text("[]")
     assert difference(folder) == "another content of classes.json"
+
+
+def test_a_link_that_leads_nowhere_is_a_file_more(folder):
+    (folder / "notes").symlink_to(folder / "gone")
+    load(str(folder))
+    (folder / "notes").unlink()

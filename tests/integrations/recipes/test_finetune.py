@@ -871,6 +871,19 @@ def test_evaluation_and_the_best_model(data, tmp_path):
     assert evaluated(load(str(out)), data) == pytest.approx(found[-1]["id"])
     plain = finetune_from(config(data, tmp_path / "plain", **{key: options[key] for key in ("kind", "steps", "learning_rate")}))
     assert torch.equal(weights(out), weights(plain))  # looking changes nothing
+    file = tmp_path / "run" / "best" / "open_clip_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")  # it is not made anew
+    with pytest.raises(ValueError, match=r"finetune: expected the model in \S*best as it was written, got another content of"):
+        finetune_from(config(data, tmp_path / "run", **options))
+    shutil.rmtree(file.parent)
+    with pytest.warns(UserWarning, match="finetune: expected the best model so far in .*best, got none"):
+        finetune_from(config(data, tmp_path / "run", **options))
+
+
+def test_a_probe_that_is_never_looked_at_is_said(data, tmp_path):
+    one = dataclasses.replace(config(data, tmp_path / "run"), probe=DataConfig("folder", str(data / "classes")), dry_run=True)
+    with pytest.warns(UserWarning, match="expected monitor.every to be at most the run's 4 steps, got 400, so that the probe is never"):
+        finetune_from(one)
 
 
 def test_a_measure_that_is_not_finite(data, tmp_path, monkeypatch):
@@ -1319,7 +1332,7 @@ def test_a_run_goes_on_with_its_data_alone(data, tmp_path):
     shutil.copytree(data, copied)
     classes = DataConfig("folder", str(copied / "classes"))
     one = config(copied, tmp_path / "run", evaluation={"id": classes})
-    one = dataclasses.replace(one, probe=classes, monitor=MonitorConfig(samples=8))
+    one = dataclasses.replace(one, probe=classes, monitor=MonitorConfig(every=4, samples=8))
     finetune_from(one)
     assert set(json.loads((one.output / "data.json").read_text())) == {"target", "reference", "evaluation.id", "probe"}
     assert not records._LOCKS
