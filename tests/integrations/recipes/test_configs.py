@@ -148,7 +148,7 @@ def fake_batches(drawn, draws, *, workers):
             batch["text"] = torch.zeros(draws.batch_size, 77, dtype=torch.long)
         if hasattr(dataset, "labels"):
             batch["label"] = torch.zeros(draws.batch_size, dtype=torch.long)
-        if isinstance(dataset, Captioned):
+        if isinstance(getattr(dataset, "dataset", dataset), Captioned):
             batch["caption"] = torch.zeros(draws.batch_size, 77, dtype=torch.long)
         yield batch
 
