@@ -131,6 +131,7 @@ def of_reports(folder: Path) -> Kind:
         monitor, evaluation = object.__new__(RunMonitor), object.__new__(finetune._Evaluation)
         monitor.file, monitor.accelerator, evaluation.file = folder / "drift.jsonl", accelerator, folder / "evaluation.jsonl"
         monitor.monitor = SimpleNamespace(load_state_dict=lambda state: None)
+        evaluation.config = SimpleNamespace(best=None, output=folder)
         monitor.load_state_dict({"entries": entries, "monitor": {"rows": {}}})
         evaluation.load_state_dict({"entries": entries})
         return [monitor.file.read_text(), evaluation.file.read_text()]
